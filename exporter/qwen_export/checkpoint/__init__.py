@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from qwen_export.checkpoint.config import ModelConfig, RopeParameters, require_supported
+from qwen_export.checkpoint.config import ModelConfig, require_supported
 from qwen_export.checkpoint.config_keys import CONFIG_KEYS, SUPPORTED_MODEL_TYPES, ConfigKey
 from qwen_export.checkpoint.reader import Checkpoint, open_checkpoint
+from qwen_export.checkpoint.rope import RopeParameters
 from qwen_export.checkpoint.tensors import (
     TensorInfo,
     Tying,

@@ -10,9 +10,10 @@ from typing import Any
 
 from qwen_export.checkpoint.config_keys import SUPPORTED_MODEL_TYPES, find_config_key
 from qwen_export.checkpoint.config_values import ConfigValues
+from qwen_export.checkpoint.rope import RopeParameters, RopeScaling, read_rope, rope_scaling
 from qwen_export.errors import CheckpointError, UnsupportedModelError
 
-__all__ = ["ModelConfig", "RopeParameters", "require_supported"]
+__all__ = ["ModelConfig", "require_supported"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -21,24 +22,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 # Earlier names that transformers still maps to today's.
 _LAYER_TYPE_ALIASES = {"attention": "full_attention"}
 _ACTIVATION_ALIASES = {"swish": "silu"}
-# These rope types need the trained length; transformers fills it in.
-_ROPE_TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
 _QWEN3_HEAD_DIM = 128
-
-
-@dataclass(frozen=True, slots=True)
-class RopeParameters:
-    """How positions turn into rotations."""
-
-    rope_type: str
-    """"default" for plain RoPE; other names are read but not all are supported."""
-    rope_theta: float
-    """Base of the frequencies, > 0."""
-    extra: Mapping[str, Any]
-    """The other keys of the mapping as read, with the default of
-    original_max_position_embeddings filled in for the types that need it."""
-    key: str
-    """The config key that names the type, for messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +104,7 @@ class ModelConfig:
         # null means one KV head per head; a missing key means 32, whatever the heads are.
         num_key_value_heads = values.optional_integer("num_key_value_heads", 32)
         sliding_window = _sliding_window(values)
-        rope, ignored_rope = _rope(values, max_position_embeddings)
+        rope, ignored_rope = read_rope(values, max_position_embeddings, _LAYER_TYPES)
         attention_bias = model_type == "qwen3" and values.boolean("attention_bias", False)
         hidden_act = values.text("hidden_act", "silu")
         config = cls(
@@ -159,6 +143,15 @@ class ModelConfig:
             _LOG.warning("%s: ignored unknown keys: %s", path, ", ".join(config.ignored_keys))
         return config
 
+    def rope_scaling(self) -> RopeScaling | None:
+        """The scaling of the rope type, None for "default"; raises as `require_supported`."""
+        return rope_scaling(
+            self.rope,
+            head_dim=self.head_dim,
+            max_position_embeddings=self.max_position_embeddings,
+            path=self.path,
+        )
+
 
 def require_supported(config: ModelConfig) -> None:
     """Refuse a config that was read but cannot be exported.
@@ -167,29 +160,16 @@ def require_supported(config: ModelConfig) -> None:
         config: The config to check.
 
     Raises:
-        UnsupportedModelError: If it asks for another activation than SiLU, another rope type than
-            "default", or layers with a sliding window. The message names the key, the file and
-            what is supported.
+        UnsupportedModelError: If it asks for another activation than SiLU or for a rope type that
+            is not supported. The message names the key, the file and what is supported.
+        CheckpointError: If a value of the rope mapping is missing, wrong or out of range.
     """
     if config.hidden_act != "silu":
         raise UnsupportedModelError(
             f"{config.path}: hidden_act {config.hidden_act!r} is not supported; 'silu' is",
             key="hidden_act",
         )
-    if config.rope.rope_type != "default":
-        raise UnsupportedModelError(
-            f"{config.path}: {config.rope.key} {config.rope.rope_type!r} is not supported; "
-            "'default' is",
-            key=config.rope.key,
-        )
-    if "sliding_attention" in config.layer_types:
-        sliding = config.layer_types.count("sliding_attention")
-        raise UnsupportedModelError(
-            f"{config.path}: sliding_window {config.sliding_window} is in use in {sliding} of "
-            f"{config.num_hidden_layers} layers and is not supported; full attention in every "
-            "layer is",
-            key="sliding_window",
-        )
+    config.rope_scaling()
 
 
 def _model_type(raw: Mapping[str, Any], path: Path) -> str:
@@ -272,35 +252,6 @@ def _layer_types(values: ConfigValues, num_layers: int, window: int | None) -> t
             path=values.path,
         )
     return layer_types
-
-
-def _rope(values: ConfigValues, max_position_embeddings: int) -> tuple[RopeParameters, list[str]]:
-    """Merge the three spellings; also return the keys that plain RoPE leaves unread."""
-    source = "rope_scaling" if values.mapping("rope_scaling") else "rope_parameters"
-    given = dict(values.mapping(source))
-    nested = [key for key in given if key in _LAYER_TYPES]
-    if nested:
-        raise UnsupportedModelError(
-            f"{values.path}: {source} differs by layer type ({', '.join(nested)}), which is not "
-            "supported; one rope_type and rope_theta for all layers are",
-            key=source,
-        )
-    # The mapping's own theta wins over the one at top level.
-    theta_values = (
-        ConfigValues(given, values.path, f"{source}.") if "rope_theta" in given else values
-    )
-    theta = theta_values.number("rope_theta", 10000.0)
-    type_key = "type" if given.get("type") and not given.get("rope_type") else "rope_type"
-    rope_type = given.get(type_key) or "default"
-    if not isinstance(rope_type, str):
-        raise values.error(f"{source}.{type_key}", "must be a string", rope_type)
-    if values.raw.get("partial_rotary_factor") is not None:
-        given.setdefault("partial_rotary_factor", values.number("partial_rotary_factor", 1.0))
-    extra = {k: v for k, v in given.items() if k not in ("rope_type", "type", "rope_theta")}
-    if rope_type in _ROPE_TYPES_WITH_ORIGINAL_LENGTH:
-        extra.setdefault("original_max_position_embeddings", max_position_embeddings)
-    unread = [f"{source}.{key}" for key in extra] if rope_type == "default" else []
-    return RopeParameters(rope_type, theta, extra, f"{source}.{type_key}"), unread
 
 
 def _check_consistency(config: ModelConfig) -> None:

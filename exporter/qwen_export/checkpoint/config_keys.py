@@ -76,16 +76,23 @@ CONFIG_KEYS: tuple[ConfigKey, ...] = (
     ),
     # Positions.
     _honoured(
-        "rope_parameters", "the transformers 5 spelling; rope types but default are refused"
+        "rope_parameters",
+        "the transformers 5 spelling; rope types default, linear, dynamic, yarn and llama3",
     ),
     _honoured(
         "rope_scaling", "the transformers 4 spelling; not empty, it replaces rope_parameters"
     ),
     _honoured("rope_theta", "used where the mapping above names none; default 10000"),
-    _honoured("partial_rotary_factor", "joins the mapping above; rope type default ignores it"),
-    _honoured("layer_types", "wins over max_window_layers; sliding_attention is refused"),
+    _honoured(
+        "partial_rotary_factor",
+        "joins the mapping above; rope type default ignores it, others must have 1",
+    ),
+    _honoured(
+        "layer_types",
+        "full_attention or sliding_attention for each layer; wins over max_window_layers",
+    ),
     _honoured("use_sliding_window", "default false: sliding_window has no effect"),
-    _honoured("sliding_window", "window in tokens, default 4096; in use, it is refused"),
+    _honoured("sliding_window", "tokens a sliding layer sees, its own included; default 4096"),
     _honoured("max_window_layers", "the first layer that slides, default 28; see sliding_window"),
     # Numbers and tokens.
     _honoured("dtype", "format of the original weights: bfloat16, float16, float32 or null"),

@@ -22,17 +22,6 @@ from qwen_export.errors import CheckpointError, UnsupportedModelError
 CLASSES = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
 GOLDEN = Path(__file__).parents[2] / "data/golden/models"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir())
-EXPORTABLE = {
-    "qwen2_bf16",
-    "qwen2_draft",
-    "qwen2_instruct",
-    "qwen2_sharded",
-    "qwen2_text",
-    "qwen2_tied",
-    "qwen2_untied",
-    "qwen3_tied_bias",
-    "qwen3_untied",
-}
 
 
 def assert_same_as_transformers(raw: dict[str, Any]) -> None:
@@ -150,36 +139,88 @@ def test_any_config_reads_as_transformers_reads_it(raw: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_only_plain_rope_and_full_attention_are_exportable(name: str) -> None:
+def test_every_golden_model_is_exportable(name: str) -> None:
     path = GOLDEN / name / "config.json"
-    config = ModelConfig.from_dict(json.loads(path.read_text()), path)
-    if name in EXPORTABLE:
-        require_supported(config)
-        return
-    with pytest.raises(UnsupportedModelError, match=r"config\.json: .* is not supported; ") as e:
-        require_supported(config)
-    assert e.value.key in {"sliding_window", "rope_parameters.rope_type", "rope_scaling.type"}
-    assert str(path) in str(e.value)
+    require_supported(ModelConfig.from_dict(json.loads(path.read_text()), path))
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("raw", "key", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
+        ({"hidden_act": "gelu"}, "hidden_act", "hidden_act 'gelu' is not supported; 'silu' is"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling.type 'yarn' is not supported; 'default' is",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "rope_scaling.type",
+            "'longrope' is not supported; 'default', 'linear', 'dynamic', 'yarn', 'llama3' are",
         ),
         (
-            {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 30},
-            "sliding_window 8 is in use in 2 of 30 layers and is not supported",
+            {"rope_parameters": {"rope_type": "mrope"}},
+            "rope_parameters.rope_type",
+            r"rope_parameters\.rope_type 'mrope' is not supported",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor",
+            r"partial_rotary_factor 0\.5 with rope_scaling\.type 'linear' is not supported",
         ),
     ],
 )
-def test_unsupported_feature_is_refused_by_key(raw: dict[str, Any], message: str) -> None:
-    config = ModelConfig.from_dict({"model_type": "qwen2", **raw})
-    with pytest.raises(UnsupportedModelError, match=message):
+def test_unsupported_feature_is_refused_by_key(
+    raw: dict[str, Any], key: str, message: str
+) -> None:
+    config = ModelConfig.from_dict({"model_type": "qwen2", **raw}, "/models/x/config.json")
+    with pytest.raises(UnsupportedModelError, match=message) as e:
         require_supported(config)
+    assert e.value.key == key
+    assert str(e.value).startswith("/models/x/config.json: ")
+
+
+def test_wrong_value_of_a_rope_mapping_is_refused_before_the_export() -> None:
+    raw = {"model_type": "qwen2", "rope_scaling": {"type": "yarn", "factor": -4.0}}
+    config = ModelConfig.from_dict(raw, "/models/x/config.json")
+    message = r"^/models/x/config\.json: rope_scaling\.factor must be finite and > 0, got -4\.0"
+    with pytest.raises(CheckpointError, match=message):
+        require_supported(config)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "ignored"),
+    [
+        ({"rope_type": "default", "factor": 4.0}, ["factor"]),
+        ({"rope_type": "default", "factor": None}, []),
+        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32}, ["beta_fast"]),
+        (
+            {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64},
+            ["original_max_position_embeddings"],
+        ),
+        (YARN | {"truncate": False, "beta_slow": 1, "finetuned": True}, ["finetuned"]),
+        (YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, []),
+        (YARN | {"mscale": 1.0}, ["mscale"]),
+        (
+            YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "attention_factor": 1.0},
+            ["mscale", "mscale_all_dim"],
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "attention_factor": 1.0,
+            },
+            ["attention_factor"],
+        ),
+    ],
+)
+def test_rope_keys_without_effect_are_listed(
+    rope: dict[str, Any], ignored: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ModelConfig.from_dict({"model_type": "qwen2", "rope_parameters": rope})
+    assert config.ignored_keys == tuple(f"rope_parameters.{key}" for key in ignored)
+    assert ("ignored unknown keys" in caplog.text) == bool(ignored)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""The group of ``qwen-export``'s commands. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qwen_export.errors import ExportError
+from qwen_runtime.cli.support import CONTEXT, json_option, print_json, reports
+from qwen_runtime.errors import QwenRuntimeError
+
+if TYPE_CHECKING:
+    from qwen_runtime.bundle import Bundle
+    from qwen_runtime.manifest import ParitySummary
+
+__all__ = ["main"]
+
+revision_option = click.option(
+    "--revision", metavar="REV", help="Branch, tag or commit of a hub id."
+)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(metadata.version("qwen-export"), prog_name="qwen-export")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+def main(traceback: bool) -> None:
+    """Turn Qwen2, Qwen2.5 and Qwen3 checkpoints into ONNX bundles proved equal to PyTorch.
+
+    \b
+    Examples:
+      qwen-export build Qwen/Qwen2.5-0.5B-Instruct -o artifacts/qwen
+      qwen-export inspect artifacts/qwen
+    """
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle.  [default: artifacts/<model name>]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a bundle at the output.")
+@click.option(
+    "--precision", default="fp32", show_default=True, help="Format of the weights: fp32."
+)
+@click.option(
+    "--compute-dtype",
+    default="fp32",
+    show_default=True,
+    help="Format of activations and KV caches: fp32.",
+)
+@click.option(
+    "--max-context",
+    type=int,
+    metavar="N",
+    help="Longest row in tokens.  [default: max_position_embeddings]",
+)
+@revision_option
+@click.option("--no-verify", is_flag=True, help="Do not prove parity with PyTorch.")
+@json_option
+@reports(ExportError, QwenRuntimeError)
+def build(
+    model: str | None,
+    output: Path | None,
+    overwrite: bool,
+    precision: str,
+    compute_dtype: str,
+    max_context: int | None,
+    revision: str | None,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Build a bundle from MODEL: a folder or a hub id; without it, a small embedded chat model.
+
+    The bundle appears at the output only when it is complete and, unless --no-verify is given,
+    has answered like the checkpoint does in PyTorch. One that fails is left at DIR.failed.
+
+    \b
+    Examples:
+      qwen-export build --output artifacts/tiny
+      qwen-export build Qwen/Qwen2.5-0.5B-Instruct --max-context 8192
+    """
+    from qwen_export.bundle import EMBEDDED_MODEL, BuildOptions
+    from qwen_export.bundle import build as build_bundle
+    from qwen_export.progress import console_progress
+
+    if output is None:
+        output = Path("artifacts") / (Path(model).name if model else EMBEDDED_MODEL)
+    options = BuildOptions(precision, compute_dtype, max_context, verify=not no_verify)
+    started = time.monotonic()
+    bundle = build_bundle(
+        model, output, options, revision=revision, overwrite=overwrite, progress=console_progress
+    )
+    seconds = time.monotonic() - started
+    if as_json:
+        from qwen_export.inspection import summary
+
+        print_json(summary(bundle) | {"seconds": round(seconds, 2)})
+        return
+    size = sum(entry.num_bytes for entry in bundle.manifest.files.values())
+    click.echo(f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s; {parity_line(bundle.manifest.parity)}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("model", required=False)
+@revision_option
+@json_option
+@reports(ExportError, QwenRuntimeError)
+def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool) -> None:
+    """Compare BUNDLE with MODEL in PyTorch again; nothing is written.
+
+    MODEL is the checkpoint the bundle was built from, by default the one its manifest names, if
+    that is the embedded model or a hub id.
+
+    \b
+    Example:
+      qwen-export verify artifacts/qwen Qwen/Qwen2.5-0.5B-Instruct
+    """
+    from qwen_export.bundle import EMBEDDED_MODEL, embedded_model
+    from qwen_export.checkpoint import open_checkpoint
+    from qwen_export.parity import verify as verify_parity
+    from qwen_export.progress import console_progress
+    from qwen_runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle, allow_failed=True)
+    with console_progress("Hashing", _total_bytes(opened), unit="B") as advance:
+        opened.check_hashes(advance)
+    source = opened.manifest.source
+    if model is None and source != EMBEDDED_MODEL and "/" not in source:
+        raise click.UsageError(
+            f"MODEL is needed: {bundle} was built from a local folder, {source}"
+        )
+    checkpoint = open_checkpoint(
+        model or (embedded_model() if source == EMBEDDED_MODEL else source),
+        revision=revision or opened.manifest.revision,
+    )
+    report = verify_parity(opened, checkpoint, progress=console_progress)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        parity = report.summary()
+        verdict = f"{bundle}: {parity_line(parity)}"
+        click.echo(verdict if report.passed else f"{verdict}\n{report.first_departure}")
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+@reports(ExportError, QwenRuntimeError)
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds: model, graphs, files, versions, parity.
+
+    \b
+    Example:
+      qwen-export inspect artifacts/tiny-qwen2-chat
+    """
+    from qwen_export.inspection import describe_text, summary
+    from qwen_runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle, allow_failed=True)
+    if as_json:
+        print_json(summary(opened))
+    else:
+        click.echo(describe_text(opened))
+
+
+@main.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder of the bundle.  [default: artifacts/tiny-qwen2-chat]",
+)
+@reports(ExportError, QwenRuntimeError)
+def demo(output: Path | None) -> None:
+    """Build the embedded model, verify it against PyTorch, and let it answer a question.
+
+    \b
+    Example:
+      qwen-export demo
+    """
+    from qwen_export.bundle import EMBEDDED_MODEL
+    from qwen_export.bundle import build as build_bundle
+    from qwen_export.progress import console_progress
+    from qwen_runtime.llm import LLM
+
+    output = output or Path("artifacts") / EMBEDDED_MODEL
+    bundle = build_bundle(None, output, overwrite=True, progress=console_progress)
+    question = "What is 17 + 25?"
+    with LLM(bundle) as llm:
+        messages = [{"role": "user", "content": question}]
+        answer = llm.generate(messages, do_sample=False, max_new_tokens=64)
+    click.echo(f"Bundle:   {output}")
+    click.echo(f"Question: {question}")
+    click.echo(f"Answer:   {answer.text}")
+    click.echo(parity_line(bundle.manifest.parity))
+
+
+def parity_line(parity: ParitySummary) -> str:
+    """One line on a bundle's parity."""
+    if parity.status == "not_verified":
+        return "parity was not verified (--no-verify)"
+    return (
+        f"parity {parity.status}: {parity.tokens_compared} tokens compared with PyTorch, "
+        f"{parity.ties} ties, max logit error {parity.max_logit_error:.1e} "
+        f"(tolerance {parity.tolerance:.0e})"
+    )
+
+
+def _total_bytes(bundle: Bundle) -> int:
+    return sum(entry.num_bytes for entry in bundle.manifest.files.values())

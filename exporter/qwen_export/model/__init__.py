@@ -1,0 +1,1 @@
+"""The decoder that is traced, and its operators."""

@@ -1,0 +1,217 @@
+"""manifest.json: what a bundle is, in one validated document.
+
+The JSON Schema is `manifest.schema.json` beside this file; docs/bundle.md explains every field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_runtime.errors import BundleError
+
+__all__ = [
+    "MANIFEST_FILE",
+    "SCHEMA_VERSION",
+    "FileEntry",
+    "GraphEntry",
+    "Manifest",
+    "ModelEntry",
+    "ParitySummary",
+    "TensorEntry",
+    "TokenizerEntry",
+    "WeightsEntry",
+]
+
+MANIFEST_FILE = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """Dimensions of the decoder, read from the checkpoint and never derived again."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_type: str
+    rope_theta: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """An input or output of a graph."""
+
+    name: str
+    dtype: str
+    """ONNX's name of the element type, in lower case: "int64", "float"."""
+    shape: tuple[int | str, ...]
+    """Sizes; a string names a dynamic dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphEntry:
+    """One ONNX graph."""
+
+    file: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsEntry:
+    """The one weights file."""
+
+    file: str
+    num_tensors: int
+    tied: bool
+    """Whether logits come from the embedding table, stored once."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerEntry:
+    """What tokenizer.json does not say."""
+
+    special_tokens: dict[str, str]
+    """Role ("eos_token", ...) to text; only those that are set."""
+    split_special_tokens: bool
+    model_max_length: int | None
+    chat_templates: dict[str, str]
+    """Template name to file; "default" is the one used unless tools select "tool_use"."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A core file of the bundle."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParitySummary:
+    """Whether the bundle answered like the original when it was built."""
+
+    status: Literal["passed", "failed", "not_verified"]
+    max_logit_error: float | None = None
+    """Largest max|difference| / max|reference| of any position."""
+    tolerance: float | None = None
+    tokens_compared: int = 0
+    ties: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A bundle's manifest.json."""
+
+    producer: str
+    created: str
+    """UTC, ISO 8601."""
+    source: str
+    """Checkpoint name: a folder's last part or a hub id."""
+    revision: str | None
+    model: ModelEntry
+    precision: str
+    compute_dtype: str
+    max_context: int
+    """Longest row the graphs can hold, in tokens: rows of the rotary tables."""
+    graphs: dict[str, GraphEntry]
+    weights: WeightsEntry
+    tokenizer: TokenizerEntry | None
+    minimum_engine_versions: dict[str, str]
+    tools: dict[str, str]
+    parity: ParitySummary
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The document, validated.
+
+        Raises:
+            BundleError: If a field breaks the schema.
+        """
+        raw = json.loads(json.dumps(asdict(self)))
+        _validate(raw, None)
+        return json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and validate ``folder/manifest.json``.
+
+        Raises:
+            BundleError: If it is missing, is no JSON, is newer than this runtime, or breaks the
+                schema.
+        """
+        path = folder / MANIFEST_FILE
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BundleError(
+                f"{folder} must be a bundle, but has no {MANIFEST_FILE}; build one with "
+                f"`qwen-export build MODEL --output {folder}`",
+                path=path,
+            ) from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} must be readable JSON: {error}", path=path) from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{path}: schema_version must be at most {SCHEMA_VERSION}, got {version}; "
+                "install a newer qwen-export or rebuild the bundle with this one",
+                path=path,
+            )
+        _validate(raw, path)
+        return cls._from_raw(raw)
+
+    @classmethod
+    def _from_raw(cls, raw: Mapping[str, Any]) -> Manifest:
+        data = dict(raw)
+        data["model"] = ModelEntry(**raw["model"])
+        data["graphs"] = {name: _graph(entry) for name, entry in raw["graphs"].items()}
+        data["weights"] = WeightsEntry(**raw["weights"])
+        data["tokenizer"] = raw["tokenizer"] and TokenizerEntry(**raw["tokenizer"])
+        data["parity"] = ParitySummary(**raw["parity"])
+        data["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+        return cls(**data)
+
+
+def _graph(raw: Mapping[str, Any]) -> GraphEntry:
+    def tensors(entries: list[dict[str, Any]]) -> tuple[TensorEntry, ...]:
+        return tuple(TensorEntry(e["name"], e["dtype"], tuple(e["shape"])) for e in entries)
+
+    return GraphEntry(raw["file"], tensors(raw["inputs"]), tensors(raw["outputs"]))
+
+
+@cache
+def _validator() -> Any:
+    import jsonschema  # a fifth of a second that --help need not pay
+
+    schema = json.loads(
+        resources.files("qwen_runtime").joinpath("manifest.schema.json").read_text("utf-8")
+    )
+    return jsonschema.Draft202012Validator(schema)
+
+
+def _validate(raw: object, path: Path | None) -> None:
+    import jsonschema
+
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(raw))
+    if error is not None:
+        where = error.json_path.removeprefix("$").removeprefix(".") or "the document"
+        raise BundleError(
+            f"{path or MANIFEST_FILE}: {where}: {error.message}; the manifest is damaged or was "
+            "edited: rebuild the bundle",
+            path=path,
+        )
