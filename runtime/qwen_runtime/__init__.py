@@ -1,0 +1,70 @@
+"""Run Qwen bundles in plain Python and NumPy: no torch, no transformers.
+
+    from qwen_runtime import LLM
+
+    llm = LLM("artifacts/tiny-qwen2-chat")
+    print(llm.generate([{"role": "user", "content": "What is 17 + 25?"}]).text)
+
+Names are loaded when they are first used, so that the command line answers ``--help`` at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qwen_runtime.bundle import Bundle
+    from qwen_runtime.errors import (
+        BackendError,
+        BundleError,
+        CapacityError,
+        QwenRuntimeError,
+        RequestError,
+    )
+    from qwen_runtime.generation_config import GenerationConfig
+    from qwen_runtime.llm import LLM
+    from qwen_runtime.outputs import BatchOutput, RequestOutput, TokenLogprob
+    from qwen_runtime.streaming import TextStream
+    from qwen_runtime.text import TextIteratorStreamer, TextStreamer
+
+__all__ = [
+    "LLM",
+    "BackendError",
+    "BatchOutput",
+    "Bundle",
+    "BundleError",
+    "CapacityError",
+    "GenerationConfig",
+    "QwenRuntimeError",
+    "RequestError",
+    "RequestOutput",
+    "TextIteratorStreamer",
+    "TextStream",
+    "TextStreamer",
+    "TokenLogprob",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "Bundle": "bundle",
+    "GenerationConfig": "generation_config",
+    "BatchOutput": "outputs",
+    "RequestOutput": "outputs",
+    "TokenLogprob": "outputs",
+    "TextStream": "streaming",
+    "TextIteratorStreamer": "text",
+    "TextStreamer": "text",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'qwen_runtime' has no attribute {name!r}")
+    value = getattr(import_module(f"qwen_runtime.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""What executes a bundle: one protocol, one module per engine."""

@@ -1,0 +1,89 @@
+"""What every engine offers to the loop above it.
+
+Slots are rows of the KV cache. The runner knows how many tokens each slot holds; a caller names
+slots and brings new tokens. For every row, past + new tokens <= capacity <= max_context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["FloatArray", "IntArray", "Limits", "ModelRunner"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a runner can hold."""
+
+    vocab_size: int
+    max_context: int
+    """Tokens a slot can hold at most."""
+
+
+class ModelRunner(Protocol):
+    """Runs a bundle's graphs over KV cache slots."""
+
+    @property
+    def limits(self) -> Limits:
+        """Sizes that do not change."""
+
+    @property
+    def num_slots(self) -> int:
+        """Slots allocated now."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a slot can hold now; `grow` raises it."""
+
+    def allocate(self, slots: int, capacity: int) -> None:
+        """Make room for at least so many slots of at least so many tokens, keeping contents."""
+
+    def prefill(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[IntArray],
+        past: Sequence[int],
+        want: Sequence[int],
+    ) -> list[FloatArray]:
+        """Run new tokens of several rows.
+
+        Args:
+            slots: Distinct slots, one per row.
+            tokens: New token ids of each row, [S_i] with S_i >= 1.
+            past: Tokens of each slot that stay valid; the new ones are written after them.
+            want: How many of each row's last positions to return logits for, 0..S_i.
+
+        Returns:
+            Logits of each row, [want_i, V] float32.
+        """
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> FloatArray:
+        """Append one token to each of several slots.
+
+        Returns:
+            Logits [len(slots), V] float32; valid until the next call.
+        """
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        """Make ``dst`` hold the first ``length`` tokens of ``src``."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget a slot's tokens after the first ``length``."""
+
+    def grow(self, capacity: int) -> None:
+        """Raise the capacity to at least so many tokens, keeping contents.
+
+        Raises:
+            CapacityError: If that is more than ``limits.max_context``.
+        """
+
+    def close(self) -> None:
+        """Release sessions and buffers; the runner cannot be used afterwards."""

@@ -1,0 +1,324 @@
+"""ONNX Runtime on the CPU: caller-owned caches, updated in place through IO binding.
+
+One session over the prefill graph serves both phases. MatMul weights are packed when a session
+loads; a second session over the decode graph would hold a second packed copy of every weight
+(measured: docs/decisions.md), and at one token per row the two graphs cost the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from qwen_runtime.backends.base import FloatArray, IntArray, Limits
+from qwen_runtime.bundle import Bundle
+from qwen_runtime.cache import KVCache
+from qwen_runtime.errors import BackendError, RequestError
+
+__all__ = ["OnnxRuntimeRunner"]
+
+PREFILL_CHUNK = 512
+"""Tokens of one call at most: bounds activation memory, costs nothing measurable in speed."""
+
+
+class OnnxRuntimeRunner:
+    """A `qwen_runtime.backends.base.ModelRunner` on ONNX Runtime's CPU provider.
+
+    Args:
+        bundle: An opened bundle with fp32 compute.
+        threads: Threads for one operator; None for ONNX Runtime's choice, one per core.
+        decode_graph: Run decode steps on decode.onnx instead of the prefill graph, as
+            verification does to prove that graph too. Weights are then not packed but mapped
+            from the file, so that two sessions hold no copy of them; steps take a third longer.
+
+    Raises:
+        BackendError: If onnxruntime is missing or too old, or cannot load the graphs.
+        RequestError: If ``threads`` is no count.
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, decode_graph: bool = False
+    ) -> None:
+        manifest = bundle.manifest
+        if manifest.compute_dtype != "fp32":
+            raise BackendError(
+                f"{bundle.path}: the CPU needs a bundle with compute_dtype fp32, got "
+                f"{manifest.compute_dtype}; build one without --compute-dtype"
+            )
+        _check_threads(threads)
+        ort = _import(manifest.minimum_engine_versions.get("onnxruntime"))
+        self._limits = Limits(manifest.model.vocab_size, manifest.max_context)
+        names = [f"{i}.{part}" for i in range(manifest.model.num_hidden_layers) for part in _PARTS]
+        self._cache = KVCache(
+            names,
+            num_key_value_heads=manifest.model.num_key_value_heads,
+            head_dim=manifest.model.head_dim,
+            dtype=np.float32,
+            max_context=manifest.max_context,
+        )
+        open_graph = partial(_session, ort, bundle, threads=threads, packed=not decode_graph)
+        self._prefill = open_graph("prefill")
+        self._decode = open_graph("decode") if decode_graph else None
+        self._bindings: dict[tuple[int, int], _DecodeBinding] = {}
+
+    @property
+    def limits(self) -> Limits:
+        """Sizes that do not change."""
+        return self._limits
+
+    @property
+    def num_slots(self) -> int:
+        """Slots allocated now."""
+        return self._cache.num_slots
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a slot can hold now."""
+        return self._cache.capacity
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all cache buffers."""
+        return self._cache.num_bytes
+
+    def allocate(self, slots: int, capacity: int) -> None:
+        """See `ModelRunner.allocate`."""
+        self._require_open()
+        if self._cache.reserve(slots, capacity):
+            self._bindings.clear()
+
+    def grow(self, capacity: int) -> None:
+        """See `ModelRunner.grow`."""
+        self.allocate(self.num_slots, capacity)
+
+    def copy(self, src: int, dst: int, length: int) -> None:
+        """See `ModelRunner.copy`."""
+        self._cache.copy(src, dst, length)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """See `ModelRunner.truncate`. A slot without buffers, as after `close`, holds nothing."""
+        if slot < self.num_slots:
+            self._cache.lengths[slot] = length
+
+    def prefill(
+        self,
+        slots: Sequence[int],
+        tokens: Sequence[IntArray],
+        past: Sequence[int],
+        want: Sequence[int],
+    ) -> list[FloatArray]:
+        """See `ModelRunner.prefill`.
+
+        Rows of equal length in neighbouring slots share a call; others run one by one. No row is
+        padded: padding would cost time, and a row's numbers would depend on its neighbours.
+        """
+        self.grow(max(p + len(t) for p, t in zip(past, tokens, strict=True)))
+        logits: list[FloatArray] = [_NO_LOGITS] * len(slots)
+        for rows in _uniform_runs(slots, tokens, want):
+            first = slots[rows[0]]
+            block = np.stack([tokens[row] for row in rows])
+            lengths = np.array([past[row] for row in rows], np.int64)
+            result = self._prefill_rows(first, block, lengths, want[rows[0]])
+            for row, values in zip(rows, result, strict=True):
+                logits[row] = values
+        return logits
+
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> FloatArray:
+        """See `ModelRunner.decode`.
+
+        Neighbouring slots run in one call. An idle slot between them runs along and writes one
+        token after its length, which the next real token overwrites.
+        """
+        self._require_open()
+        lengths = self._cache.lengths
+        self.grow(int(max(lengths[slot] for slot in slots)) + 1)
+        lengths = self._cache.lengths
+        order = np.argsort(np.asarray(slots))
+        ordered = np.asarray(slots)[order]
+        spans = list(self._spans(ordered))
+        logits = np.empty(
+            (len(slots) if len(spans) > 1 else 0, self._limits.vocab_size), np.float32
+        )
+        for start, stop in spans:
+            binding = self._binding(int(ordered[start]), int(ordered[stop - 1]) + 1)
+            chosen, rows = order[start:stop], ordered[start:stop] - ordered[start]
+            binding.input_ids[:] = 0
+            binding.input_ids[rows, 0] = np.asarray(tokens)[chosen]
+            binding.past_lengths[:] = lengths[ordered[start] : ordered[stop - 1] + 1]
+            _run(binding.session, binding.io)
+            if len(spans) > 1:
+                logits[chosen] = binding.logits[rows, 0]
+            elif np.array_equal(slots, np.arange(slots[0], slots[0] + len(slots))):
+                logits = binding.logits[:, 0]
+            else:
+                logits = binding.logits[rows[np.argsort(order)], 0]
+        lengths[ordered] += 1
+        return logits
+
+    def close(self) -> None:
+        """See `ModelRunner.close`."""
+        self._bindings.clear()
+        self._cache.clear()
+        self._prefill = self._decode = None
+
+    def _require_open(self) -> None:
+        if self._prefill is None:
+            raise BackendError("the runner is closed; open the bundle again")
+
+    def _binding(self, first: int, last: int) -> _DecodeBinding:
+        binding = self._bindings.get((first, last))
+        if binding is None:
+            session = self._decode or self._prefill
+            binding = _DecodeBinding(session, self._cache, first, last, self._limits)
+            self._bindings[first, last] = binding
+        return binding
+
+    def _prefill_rows(
+        self, first: int, block: IntArray, past: IntArray, want: int
+    ) -> list[FloatArray]:
+        """Run [B, S] new tokens of slots first..first+B-1 in chunks; logits [want, V] per row."""
+        batch, length = block.shape
+        wanted = np.arange(length - want, length)
+        parts: list[FloatArray] = []
+        for start in range(0, length, PREFILL_CHUNK):
+            chunk = np.ascontiguousarray(block[:, start : start + PREFILL_CHUNK])
+            stop = start + chunk.shape[1]
+            inside = wanted[(wanted >= start) & (wanted < stop)] - start
+            # Engines dislike empty tensors: a chunk without wanted positions asks for its first.
+            asked = inside if len(inside) else _FIRST
+            indices = np.ascontiguousarray(np.broadcast_to(asked, (batch, len(asked))))
+            chunk_past = past + start
+            io = self._prefill.io_binding()
+            io.bind_cpu_input("input_ids", chunk)
+            io.bind_cpu_input("past_lengths", chunk_past)
+            io.bind_cpu_input("logits_indices", indices)
+            io.bind_output("logits", "cpu")
+            _bind_cache(io, self._cache, first, first + batch)
+            _run(self._prefill, io)
+            if len(inside):
+                parts.append(io.get_outputs()[0].numpy())
+        self._cache.lengths[first : first + batch] = past + length
+        if not parts:
+            return [_NO_LOGITS] * batch
+        return list(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+
+    def _spans(self, ordered: IntArray) -> Iterator[tuple[int, int]]:
+        """Index ranges of sorted slots that one call can cover."""
+        lengths, capacity = self._cache.lengths, self._cache.capacity
+        start = 0
+        for i in range(1, len(ordered)):
+            idle = lengths[ordered[i - 1] + 1 : ordered[i]]
+            if (idle >= capacity).any():
+                yield start, i
+                start = i
+        yield start, len(ordered)
+
+
+_PARTS = ("key", "value")
+_FIRST = np.zeros(1, np.int64)
+_NO_LOGITS: FloatArray = np.empty((0, 0), np.float32)
+
+
+class _DecodeBinding:
+    """Fixed buffers of one decode call over slots first..last-1, bound once."""
+
+    def __init__(
+        self, session: Any, cache: KVCache, first: int, last: int, limits: Limits
+    ) -> None:
+        rows = last - first
+        self.session = session
+        self.input_ids = np.zeros((rows, 1), np.int64)
+        self.past_lengths = np.zeros(rows, np.int64)
+        self.logits = np.empty((rows, 1, limits.vocab_size), np.float32)
+        self._indices = np.zeros((rows, 1), np.int64)
+        self.io = session.io_binding()
+        inputs = {"input_ids": self.input_ids, "past_lengths": self.past_lengths}
+        if any(entry.name == "logits_indices" for entry in session.get_inputs()):
+            inputs["logits_indices"] = self._indices
+        for name, array in inputs.items():
+            self.io.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+        self.io.bind_output(
+            "logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data
+        )
+        _bind_cache(self.io, cache, first, last)
+
+
+def _bind_cache(io: Any, cache: KVCache, first: int, last: int) -> None:
+    """Bind past and present of every layer to one and the same memory."""
+    for name, view in cache.rows(first, last):
+        place = ("cpu", 0, cache.dtype, view.shape, view.ctypes.data)
+        io.bind_input(f"past_key_values.{name}", *place)
+        io.bind_output(f"present.{name}", *place)
+
+
+def _uniform_runs(
+    slots: Sequence[int], tokens: Sequence[IntArray], want: Sequence[int]
+) -> Iterator[list[int]]:
+    """Rows grouped so that a group has neighbouring slots, one length and one want."""
+    run: list[int] = []
+    for row in sorted(range(len(slots)), key=slots.__getitem__):
+        last = run[-1] if run else None
+        if last is not None and (
+            slots[row] != slots[last] + 1
+            or len(tokens[row]) != len(tokens[last])
+            or want[row] != want[last]
+        ):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run
+
+
+def _run(session: Any, io: Any) -> None:
+    try:
+        session.run_with_iobinding(io)
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime could not run the graph: {error}") from error
+
+
+def _check_threads(threads: object) -> None:
+    is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
+    if threads is not None and not is_count:
+        raise RequestError(
+            f"threads must be an integer >= 1, or None for one per core, got {threads!r}",
+            param="threads",
+        )
+
+
+def _session(ort: Any, bundle: Bundle, phase: str, *, threads: int | None, packed: bool) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path = bundle.file(bundle.manifest.graphs[phase].file)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise BackendError(f"ONNX Runtime could not load {path}: {error}") from error
+
+
+def _import(minimum: str | None) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise BackendError(
+            "onnxruntime must be installed to run a bundle on the CPU: "
+            "pip install 'qwen-export[cpu]'"
+        ) from error
+    if minimum is not None and _version(ort.__version__) < _version(minimum):
+        raise BackendError(
+            f"onnxruntime must be at least {minimum} for this bundle, got {ort.__version__}: "
+            "pip install -U 'qwen-export[cpu]'"
+        )
+    return ort
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = (part for part in text.split("+")[0].split("."))
+    return tuple(int(part) for part in parts if part.isdigit())

@@ -1,0 +1,200 @@
+"""The group of ``qwen-run``'s commands. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qwen_runtime.cli.options import (
+    DEFAULT_NEW_TOKENS,
+    GroupedCommand,
+    generation_options,
+    settings_from,
+)
+from qwen_runtime.cli.support import CONTEXT, json_option, print_json, reports
+from qwen_runtime.errors import QwenRuntimeError
+
+if TYPE_CHECKING:
+    from qwen_runtime.llm import LLM
+    from qwen_runtime.outputs import RequestOutput
+
+__all__ = ["main"]
+
+bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads; one per core by default."
+)
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(metadata.version("qwen-export"), prog_name="qwen-run")
+@click.option("--traceback", is_flag=True, help="Show the whole traceback of an error.")
+def main(traceback: bool) -> None:
+    """Run bundles made by qwen-export: no torch, no transformers.
+
+    \b
+    Examples:
+      qwen-run generate artifacts/tiny-qwen2-chat "What is 17 + 25?" --greedy
+      qwen-run chat artifacts/tiny-qwen2-chat
+    """
+
+
+@main.command(cls=GroupedCommand)
+@bundle_argument
+@click.argument("prompt", nargs=-1)
+@generation_options
+@click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the chat template.")
+@click.option("--system", metavar="TEXT", help="System message before PROMPT.")
+@threads_option
+@json_option
+@reports(QwenRuntimeError)
+def generate(
+    bundle: Path,
+    prompt: tuple[str, ...],
+    raw: bool,
+    system: str | None,
+    threads: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate an answer to every PROMPT.
+
+    "-", or no PROMPT at all, reads one from standard input. A PROMPT is a user message if the bundle has a chat template, unless --raw is given. Settings
+    that are not given come from the bundle's generation_config.json.
+
+    \b
+    Examples:
+      qwen-run generate BUNDLE "What is 17 + 25?" --greedy
+      qwen-run generate BUNDLE "Once upon a time" --raw --max-new-tokens 50 --seed 1 --json
+    """
+    texts = [_stdin() if text == "-" else text for text in prompt or ("-",)]
+    settings = settings_from(options)
+    with ExitStack() as stack:
+        llm = stack.enter_context(_open(bundle, threads))
+        if options["assistant"] is not None:
+            settings["assistant_model"] = stack.enter_context(_open(options["assistant"], threads))
+        chat = llm.chat_template is not None and not raw
+        if system is not None and not chat:
+            raise click.UsageError("--system needs a chat template: the bundle has none, or --raw")
+        prompts = [_messages(text, system) if chat else text for text in texts]
+        _limit_length(llm, prompts, settings)
+        single = {"num_return_sequences", "num_beams"}.isdisjoint(settings)
+        if len(prompts) == 1 and single and not as_json:
+            for piece in llm.stream(prompts[0], **settings):
+                click.echo(piece, nl=False)
+            click.echo()
+            return
+        outputs = llm.generate(prompts, **settings)
+    if as_json:
+        print_json([_document(output) for output in outputs])
+    else:
+        click.echo("\n---\n".join(output.text for output in outputs))
+
+
+@main.command()
+@bundle_argument
+@json_option
+@reports(QwenRuntimeError)
+def check(bundle: Path, as_json: bool) -> None:
+    """Prove again that BUNDLE answers like its checkpoint.
+
+    Compares every file's sha256, then replays the reference stored in the bundle on this machine.
+    No PyTorch is needed.
+
+    \b
+    Example:
+      qwen-run check artifacts/tiny-qwen2-chat
+    """
+    from dataclasses import asdict
+
+    from qwen_runtime.bundle import Bundle
+    from qwen_runtime.check import check as run_check
+
+    result = run_check(Bundle.open(bundle))
+    if as_json:
+        print_json({"passed": result.passed, "max_error": result.max_error, **asdict(result)})
+    elif result.passed:
+        click.echo(
+            f"{bundle} answers like its checkpoint: {result.num_files} files unchanged, "
+            f"{result.prompts} prompts replayed, max logit error {result.max_error:.1e} "
+            f"(tolerance {result.tolerance:.0e})"
+        )
+    else:
+        click.echo(f"{bundle} does not answer like its checkpoint: {result.first_departure}")
+    if not result.passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command(cls=GroupedCommand)
+@bundle_argument
+@generation_options
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@threads_option
+@reports(QwenRuntimeError)
+def chat(bundle: Path, system: str | None, threads: int | None, **options: Any) -> None:
+    """Talk to BUNDLE in the terminal.
+
+    Ctrl-C stops an answer; /reset starts over; /quit or Ctrl-D leaves.
+
+    \b
+    Example:
+      qwen-run chat artifacts/tiny-qwen2-chat --temperature 0.7
+    """
+    from qwen_runtime.cli.chat import converse
+
+    settings = settings_from(options)
+    for name in ("num_beams", "num_return_sequences"):
+        if name in settings:
+            raise click.UsageError(f"--{name.replace('_', '-')} cannot be streamed; use generate")
+    with ExitStack() as stack:
+        llm = stack.enter_context(_open(bundle, threads))
+        if options["assistant"] is not None:
+            settings["assistant_model"] = stack.enter_context(_open(options["assistant"], threads))
+        if llm.chat_template is None:
+            raise click.ClickException(f"{bundle} has no chat template; use `qwen-run generate`")
+        converse(llm, system, settings)
+
+
+def _open(bundle: Path, threads: int | None) -> LLM:
+    from qwen_runtime.llm import LLM
+
+    return LLM(bundle, threads=threads)
+
+
+def _limit_length(llm: LLM, prompts: list[Any], settings: dict[str, Any]) -> None:
+    """Where no limit is asked for, take ours, or what the context leaves."""
+    if settings.keys() & {"max_new_tokens", "max_length"}:
+        return
+    room = llm.bundle.manifest.max_context + 1 - max(len(llm.encode(p)) for p in prompts)
+    settings["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": text}]
+
+
+def _stdin() -> str:
+    if sys.stdin.isatty():
+        click.echo("Reading the prompt from standard input; end it with Ctrl-D.", err=True)
+    return sys.stdin.read().removesuffix("\n")
+
+
+def _document(output: RequestOutput) -> dict[str, object]:
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "logprobs": output.logprobs
+        and [
+            {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}
+            for item in output.logprobs
+        ],
+    }

@@ -1,0 +1,1 @@
+"""How requests generate: one state machine per mode, none of which calls an engine."""

@@ -1,0 +1,82 @@
+"""The contract between a mode of generation and the loop.
+
+A mode is a state machine. The loop asks it what to run next (`Decoding.next_step`), runs that for
+many requests at once, and hands back the logits (`Decoding.accept`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Decoding", "Feed", "FinishReason", "FloatArray", "IntArray", "RowCopy", "Step"]
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+FinishReason = str
+"""Why a row ended: "stop", "length", "cancelled" or "error"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """New tokens for one row of a request."""
+
+    row: int
+    """Row of the request, 0..num_rows-1."""
+    tokens: IntArray
+    """Token ids to run, [S] with S >= 1."""
+    past: int
+    """Tokens of the row that stay valid; fewer than it holds forgets the rest."""
+    want: int
+    """How many of the last positions' logits are wanted, 0..S."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCopy:
+    """Make row ``dst`` hold the first ``length`` tokens of row ``src``."""
+
+    src: int
+    dst: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a request wants done next: copies first, then feeds."""
+
+    feeds: tuple[Feed, ...]
+    copies: tuple[RowCopy, ...] = ()
+    on_draft: bool = False
+    """Whether it is for the request's draft model and the rows it has there."""
+
+
+class Decoding(Protocol):
+    """One request's state machine."""
+
+    @property
+    def num_rows(self) -> int:
+        """Cache rows the request needs for all its life; as many in a draft model, if it has one."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a row will hold."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to run."""
+
+    def next_step(self) -> Step:
+        """What to run next; called once per step, and not when finished."""
+
+    def accept(self, logits: Sequence[FloatArray]) -> None:
+        """Take the logits of the last step, [want, V] for every feed, in order.
+
+        The arrays may be overwritten after the call.
+        """
+
+    def cancel(self) -> None:
+        """Finish now."""

@@ -1,0 +1,109 @@
+"""A request that is read while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Self
+
+from qwen_runtime.errors import RequestError
+from qwen_runtime.generation.rows import Generation, TokenLogprob
+from qwen_runtime.outputs import RequestOutput
+from qwen_runtime.results import request_outputs
+from qwen_runtime.text import (
+    IncrementalDetokenizer,
+    StoppingDetokenizer,
+    StopStringMatcher,
+    Tokenizer,
+)
+
+__all__ = ["TextStream"]
+
+
+class TextStream:
+    """An iterator over text pieces of one request.
+
+    A piece holds whole characters and may cover several tokens; pieces are never empty. Closing
+    the stream, or leaving its ``with`` block, cancels what has not been generated.
+
+    """
+
+    def __init__(
+        self,
+        decoding: Generation,
+        tokenizer: Tokenizer | None,
+        run: Callable[[], Iterator[None]],
+    ) -> None:
+        if tokenizer is None:
+            raise RequestError(
+                "a stream gives text, but this bundle has no tokenizer; use generate",
+                param="prompt",
+            )
+        self._decoding = decoding
+        self._tokenizer = tokenizer
+        self._pieces = _read(decoding, self._make_detokenizer(), run())
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids generated so far."""
+        return list(self._decoding.rows[0].token_ids)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Log-probabilities of the ids so far, if asked for."""
+        return list(self._decoding.rows[0].logprobs)
+
+    @property
+    def output(self) -> RequestOutput:
+        """The whole output so far; complete once the stream has ended."""
+        return request_outputs(self._decoding, self._tokenizer)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Cancel what has not been generated."""
+        self._pieces.close()
+        if not self._decoding.finished:
+            self._decoding.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _make_detokenizer(self) -> IncrementalDetokenizer | StoppingDetokenizer:
+        prompt = self._decoding.prompt_tokens(0).tolist()
+        stop = self._decoding.config.stop
+        if not stop:
+            return IncrementalDetokenizer(self._tokenizer, True)
+        matcher = StopStringMatcher(self._tokenizer, stop)
+        return StoppingDetokenizer(self._tokenizer, matcher, context_ids=prompt)
+
+
+def _read(
+    decoding: Generation,
+    detokenizer: IncrementalDetokenizer | StoppingDetokenizer,
+    steps: Iterator[None],
+) -> Generator[str]:
+    """Pieces of text, step by step. Holds no stream, so that a forgotten one is freed at once."""
+    seen = 0
+    for _ in steps:
+        ids = decoding.rows[0].token_ids
+        piece = detokenizer.push(ids[seen:])
+        seen = len(ids)
+        if piece:
+            yield piece
+    # Steps of other requests may have carried this one to its end since it was last read.
+    piece = detokenizer.push(decoding.rows[0].token_ids[seen:]) + detokenizer.flush()
+    if piece:
+        yield piece

@@ -1,0 +1,109 @@
+"""The cache's buffers: growth keeps contents, views are the memory itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qwen_runtime.cache import GROWTH_STEP, KVCache
+from qwen_runtime.errors import CapacityError
+
+
+def make(max_context: int = 1000) -> KVCache:
+    return KVCache(
+        ["0.key", "0.value"],
+        num_key_value_heads=2,
+        head_dim=4,
+        dtype=np.float32,
+        max_context=max_context,
+    )
+
+
+def fill(cache: KVCache, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    for _, view in cache.rows(0, cache.num_slots):
+        view[:] = rng.standard_normal(view.shape)
+    return {name: view.copy() for name, view in cache.rows(0, cache.num_slots)}
+
+
+def test_new_cache_holds_nothing() -> None:
+    cache = make()
+
+    assert (cache.num_slots, cache.capacity, cache.num_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "capacity"), [(1, 256), (256, 256), (257, 512), (999, 1000), (1000, 1000)]
+)
+def test_capacity_is_a_multiple_of_the_step_or_the_limit(asked: int, capacity: int) -> None:
+    assert GROWTH_STEP == 256
+    cache = make()
+
+    assert cache.reserve(1, asked)
+    assert cache.capacity == capacity
+
+
+def test_growing_in_both_directions_keeps_contents_and_lengths() -> None:
+    cache = make()
+    cache.reserve(2, 10)
+    before = fill(cache)
+    cache.lengths[:] = [7, 3]
+
+    assert cache.reserve(5, 300)
+
+    assert (cache.num_slots, cache.capacity) == (5, 512)
+    assert cache.lengths.tolist() == [7, 3, 0, 0, 0]
+    for name, view in cache.rows(0, 2):
+        np.testing.assert_array_equal(view[:, :, :256], before[name])
+        assert not view[:, :, 256:].any()
+
+
+def test_asking_for_less_changes_nothing() -> None:
+    cache = make()
+    cache.reserve(3, 300)
+    addresses = [view.ctypes.data for _, view in cache.rows(0, 3)]
+
+    assert not cache.reserve(1, 1)
+    assert [view.ctypes.data for _, view in cache.rows(0, 3)] == addresses
+
+
+def test_rows_are_contiguous_views() -> None:
+    cache = make()
+    cache.reserve(4, 10)
+
+    for (_, view), (_, whole) in zip(cache.rows(1, 3), cache.rows(0, 4), strict=True):
+        assert view.flags["C_CONTIGUOUS"]
+        assert np.shares_memory(view, whole)
+        assert view.shape == (2, 2, 256, 4)
+
+
+def test_copy_takes_only_the_tokens_asked_for() -> None:
+    cache = make()
+    cache.reserve(3, 10)
+    before = fill(cache)
+    cache.lengths[:] = [9, 1, 5]
+
+    cache.copy(0, 2, 6)
+
+    assert cache.lengths.tolist() == [9, 1, 6]
+    for name, view in cache.rows(0, 3):
+        np.testing.assert_array_equal(view[2, :, :6], before[name][0, :, :6])
+        np.testing.assert_array_equal(view[2, :, 6:], before[name][2, :, 6:])
+        np.testing.assert_array_equal(view[:2], before[name][:2])
+
+
+def test_more_than_the_limit_is_refused_with_both_numbers() -> None:
+    cache = make(max_context=100)
+
+    with pytest.raises(CapacityError, match=r"at most 100 tokens .*got 101"):
+        cache.reserve(1, 101)
+    assert cache.num_bytes == 0
+
+
+def test_clear_releases_everything() -> None:
+    cache = make()
+    cache.reserve(2, 10)
+    cache.clear()
+
+    assert (cache.num_slots, cache.capacity, cache.num_bytes) == (0, 0, 0)
+    assert cache.reserve(1, 10)

@@ -1,0 +1,61 @@
+"""Slots: handed out once, taken back once."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen_runtime.engine import SlotManager
+
+
+def test_lowest_free_slots_are_handed_out_first() -> None:
+    slots = SlotManager()
+    assert slots.allocate(3) == [0, 1, 2]
+
+    slots.release([1])
+
+    assert slots.allocate(2) == [1, 3]
+    assert (slots.num_slots, slots.num_used) == (4, 4)
+
+
+@pytest.mark.parametrize("released", [[0, 0], [5], [0, 5]])
+def test_slot_that_is_not_in_use_cannot_be_released(released: list[int]) -> None:
+    slots = SlotManager()
+    slots.allocate(2)
+
+    with pytest.raises(AssertionError, match="released slots"):
+        slots.release(released)
+    assert slots.num_used == 2
+
+
+def test_released_slot_cannot_be_released_again() -> None:
+    slots = SlotManager()
+    held = slots.allocate(2)
+    slots.release(held)
+
+    with pytest.raises(AssertionError, match="released slots"):
+        slots.release(held)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=60))
+def test_no_slot_is_held_twice_and_none_is_lost(actions: list[tuple[bool, int]]) -> None:
+    slots = SlotManager()
+    held: list[list[int]] = []
+    most = 0
+
+    for take, number in actions:
+        if take:
+            held.append(slots.allocate(number))
+        elif held:
+            slots.release(held.pop(number % len(held)))
+        used = [slot for taken in held for slot in taken]
+        most = max(most, len(used))
+        assert len(used) == len(set(used)) == slots.num_used
+        assert all(0 <= slot < slots.num_slots for slot in used)
+        # Slots are made only when all are taken.
+        assert slots.num_slots == most
+
+    for taken in held:
+        slots.release(taken)
+    assert slots.num_used == 0
