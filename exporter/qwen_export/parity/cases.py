@@ -1,0 +1,301 @@
+"""The bundle's side: every way a caller can make it produce the same logits.
+
+Greedy tokens come from the prefill graph, which serves both phases on the CPU; the decode graph
+is then given the same tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_export.parity.observations import Observations
+from qwen_export.parity.prompts import Prompt
+from qwen_runtime.backends.base import FloatArray, IntArray, ModelRunner
+
+__all__ = [
+    "CASES",
+    "GREEDY_DECODE",
+    "OFF_BY_ONE",
+    "PREFILL_WHOLE",
+    "Case",
+    "Invariant",
+    "decode_cases",
+    "prefill_cases",
+]
+
+MAX_WANTED = 48
+"""Last positions of a prompt whose logits are compared; all of them where it is shorter."""
+WANTED_PER_CHUNK = 4
+"""The same for the chunks of a prompt longer than `MAX_WANTED`, but the last one."""
+BATCH_TOKENS = 8
+"""Tokens of every row in the equal-length batch."""
+FEW_STEPS = 8
+"""Greedy steps of the cases that repeat one row."""
+GROWTH = 256
+"""Tokens by which the capacity is raised in the middle of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A way of running the bundle."""
+
+    key: str
+    graph: str
+    """The graph that made the logits."""
+    description: str
+
+
+PREFILL_WHOLE = "prefill whole"
+OFF_BY_ONE = "past_lengths off by one"
+GREEDY_DECODE = "greedy decode"
+CASES = {
+    case.key: case
+    for case in (
+        Case(PREFILL_WHOLE, "prefill", "each prompt in one call"),
+        Case("prefill ragged", "prefill", "all prompts, each of its own length, in one call"),
+        Case("prefill in chunks of 5", "prefill", "prompts of up to 48 tokens, 5 at a time"),
+        Case("prefill in chunks of 96", "prefill", "longer prompts, 96 tokens at a time"),
+        Case("prefill batch", "prefill", "rows of equal length in one call"),
+        Case("prefill batch, row by row", "prefill", "the same rows, one call each"),
+        Case("prefill after a copied prefix", "prefill", "half the prompt reused from a slot"),
+        Case("greedy on the prefill graph", "prefill", "one token a call, ragged batch"),
+        Case(GREEDY_DECODE, "decode", "the same tokens through the decode graph, ragged batch"),
+        Case("greedy decode, one row", "decode", "one prompt alone"),
+        Case("greedy decode, growing", "decode", "capacity raised in the middle of an answer"),
+    )
+}
+"""In the order of the ladder: what comes later rests on what comes before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """Two ways of running the same tokens that should give the same bits."""
+
+    name: str
+    bit_equal: bool
+    difference: float
+    """max|difference| of any logit."""
+
+
+Advance = Callable[[int], None]
+
+
+def prefill_cases(
+    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations, advance: Advance
+) -> tuple[list[IntArray], list[Invariant]]:
+    """Run everything the prefill graph can do.
+
+    Args:
+        runner: Serves both phases with the prefill graph.
+        prompts: One slot each.
+        seen: Takes the logits.
+        advance: Called with 1 after each case.
+
+    Returns:
+        Greedy tokens of each prompt, ``prompt.steps`` of them, and the invariants.
+    """
+    longest = max(range(len(prompts)), key=lambda i: _wanted_whole(prompts[i]))
+    _prefill_whole(runner, prompts, seen)
+    advance(1)
+    last = _prefill_ragged(runner, prompts, seen)
+    tokens = _decode(runner, prompts, last, "greedy on the prefill graph", seen)
+    advance(1)
+    _prefill_chunks(runner, prompts, seen)
+    advance(1)
+    invariants = _prefill_batch(runner, prompts, seen)
+    _prefill_copied(runner, longest, prompts, seen)
+    advance(1)
+    return tokens, invariants
+
+
+def decode_cases(
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[IntArray],
+    control: int,
+    seen: Observations,
+    advance: Advance,
+) -> list[Invariant]:
+    """Run everything the decode graph can do, and the decode that must fail.
+
+    Args:
+        runner: Serves decode with the decode graph.
+        prompts: One slot each.
+        tokens: Greedy tokens of each prompt, to be fed again.
+        control: Index of the prompt whose past is shifted on purpose.
+        seen: Takes the logits; those of the control under `OFF_BY_ONE`.
+        advance: Called with 1 after each case.
+
+    Returns:
+        The invariants.
+    """
+    slots = range(len(prompts))
+    runner.allocate(len(prompts), 1)
+    runner.prefill(slots, [p.tokens for p in prompts], [0] * len(prompts), [0] * len(prompts))
+    batch = _Keep()
+    _decode(runner, prompts, None, GREEDY_DECODE, seen, feed=tokens, keep=batch)
+    advance(1)
+    prompt, answer = prompts[control], tokens[control][:FEW_STEPS]
+    alone = _replay(runner, prompt, answer)
+    _add(seen, "greedy decode, one row", control, len(prompt.tokens), alone)
+    together = batch.rows(control)[: len(answer)]
+    invariants = [_invariant("decode: a row in a batch = the row alone", together, alone)]
+    room = runner.limits.max_context - runner.capacity
+    if room > 0 and len(answer) > 1:
+        grown = _replay(runner, prompt, answer, grow_to=runner.capacity + min(GROWTH, room))
+        _add(seen, "greedy decode, growing", control, len(prompt.tokens), grown)
+        invariants.append(_invariant("decode: before growth = after growth", grown, alone))
+    shifted = _replay(runner, prompt, answer, past=len(prompt.tokens) - 1)
+    _add(seen, OFF_BY_ONE, control, len(prompt.tokens), shifted)
+    advance(1)
+    return invariants
+
+
+def _wanted_whole(prompt: Prompt) -> int:
+    return min(len(prompt.tokens), MAX_WANTED)
+
+
+def _add(seen: Observations, case: str, row: int, first: int, logits: FloatArray) -> None:
+    seen.add(case, row, range(first, first + len(logits)), logits)
+
+
+def _prefill_whole(runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations) -> None:
+    runner.allocate(len(prompts) + 1, 1)
+    for slot, prompt in enumerate(prompts):
+        want = _wanted_whole(prompt)
+        (logits,) = runner.prefill([slot], [prompt.tokens], [0], [want])
+        _add(seen, PREFILL_WHOLE, slot, len(prompt.tokens) - want, logits)
+
+
+def _prefill_ragged(
+    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations
+) -> list[FloatArray]:
+    slots = range(len(prompts))
+    want = [1] * len(prompts)
+    last = runner.prefill(slots, [p.tokens for p in prompts], [0] * len(prompts), want)
+    for slot, logits in enumerate(last):
+        _add(seen, "prefill ragged", slot, len(prompts[slot].tokens) - 1, logits)
+    return last
+
+
+def _prefill_chunks(runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations) -> None:
+    for row, prompt in enumerate(prompts):
+        length = len(prompt.tokens)
+        short = length <= MAX_WANTED
+        size = 5 if short else 96
+        if length <= size:
+            continue
+        for past in range(0, length, size):
+            chunk = prompt.tokens[past : past + size]
+            inner = not short and past + size < length
+            want = min(len(chunk), WANTED_PER_CHUNK if inner else MAX_WANTED)
+            (logits,) = runner.prefill([row], [chunk], [past], [want])
+            first = past + len(chunk) - want
+            _add(seen, f"prefill in chunks of {size}", row, first, logits)
+
+
+def _prefill_batch(
+    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations
+) -> list[Invariant]:
+    length = min(BATCH_TOKENS, max(len(prompt.tokens) for prompt in prompts))
+    rows = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) >= length]
+    heads = [prompts[row].tokens[:length] for row in rows]
+    n = len(rows)
+    together = runner.prefill(range(n), heads, [0] * n, [length] * n)
+    alone = [runner.prefill([0], [head], [0], [length])[0] for head in heads]
+    for row, batched, single in zip(rows, together, alone, strict=True):
+        _add(seen, "prefill batch", row, 0, batched)
+        _add(seen, "prefill batch, row by row", row, 0, single)
+    name = f"prefill: a batch of {n} = {n} batches of one"
+    return [_invariant(name, np.concatenate(together), np.concatenate(alone))]
+
+
+def _prefill_copied(
+    runner: ModelRunner, row: int, prompts: Sequence[Prompt], seen: Observations
+) -> None:
+    tokens, spare = prompts[row].tokens, len(prompts)
+    half = len(tokens) // 2
+    if not half:
+        return
+    runner.prefill([row], [tokens], [0], [0])
+    runner.copy(row, spare, half)
+    want = min(len(tokens) - half, MAX_WANTED)
+    (logits,) = runner.prefill([spare], [tokens[half:]], [half], [want])
+    _add(seen, "prefill after a copied prefix", row, len(tokens) - want, logits)
+
+
+class _Keep:
+    """The logits of a batch's steps, by row."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, list[FloatArray]] = {}
+
+    def add(self, row: int, logits: FloatArray) -> None:
+        steps = self._steps.setdefault(row, [])
+        if len(steps) < FEW_STEPS:
+            steps.append(logits.copy())
+
+    def rows(self, row: int) -> FloatArray:
+        steps = self._steps.get(row)
+        return np.stack(steps) if steps else np.empty((0, 0), np.float32)
+
+
+def _decode(
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    last: Sequence[FloatArray] | None,
+    case: str,
+    seen: Observations,
+    *,
+    feed: Sequence[IntArray] | None = None,
+    keep: _Keep | None = None,
+) -> list[IntArray]:
+    """Decode all prompts as one ragged batch; feed given tokens, or the greedy ones."""
+    chosen: list[list[int]] = [[] for _ in prompts]
+    if feed is None and last is not None:
+        following = [int(np.argmax(logits[-1])) for logits in last]
+    else:
+        following = [0] * len(prompts)
+    for step in range(max(prompt.steps for prompt in prompts)):
+        active = [i for i, prompt in enumerate(prompts) if step < prompt.steps]
+        tokens = [int(feed[i][step]) if feed is not None else following[i] for i in active]
+        logits = runner.decode(active, tokens)
+        for row, token, values in zip(active, tokens, logits, strict=True):
+            chosen[row].append(token)
+            following[row] = int(np.argmax(values))
+            seen.add(case, row, [len(prompts[row].tokens) + step], values[None])
+            if keep is not None:
+                keep.add(row, values)
+    return [np.array(row, np.int64) for row in chosen]
+
+
+def _replay(
+    runner: ModelRunner,
+    prompt: Prompt,
+    answer: IntArray,
+    *,
+    past: int | None = None,
+    grow_to: int | None = None,
+) -> FloatArray:
+    """Prefill one prompt in slot 0 and decode its answer again, [steps, V].
+
+    ``past`` makes the runner believe in another number of cached tokens; ``grow_to`` raises the
+    capacity half way.
+    """
+    runner.prefill([0], [prompt.tokens], [0], [0])
+    if past is not None:
+        runner.truncate(0, past)
+    steps = []
+    for step, token in enumerate(answer):
+        if grow_to is not None and step == len(answer) // 2:
+            runner.grow(grow_to)
+        steps.append(runner.decode([0], [int(token)])[0].copy())
+    return np.stack(steps) if steps else np.empty((0, runner.limits.vocab_size), np.float32)
+
+
+def _invariant(name: str, left: FloatArray, right: FloatArray) -> Invariant:
+    difference = float(np.abs(left - right).max()) if left.size else 0.0
+    return Invariant(name, bool(np.array_equal(left, right)), difference)

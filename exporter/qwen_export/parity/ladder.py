@@ -1,0 +1,237 @@
+"""`verify`: does a bundle answer like its checkpoint?
+
+The bundle runs first and chooses greedy tokens; the reference then runs once over prompts and
+answers together, teacher-forced, and every position of every case is compared.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import numpy as np
+
+from qwen_export.checkpoint import Checkpoint
+from qwen_export.errors import ParityError
+from qwen_export.parity.cases import (
+    GREEDY_DECODE,
+    OFF_BY_ONE,
+    PREFILL_WHOLE,
+    Invariant,
+    decode_cases,
+    prefill_cases,
+)
+from qwen_export.parity.judge import judge
+from qwen_export.parity.observations import Observations
+from qwen_export.parity.prompts import Prompt, PromptSet, make_prompts
+from qwen_export.parity.reference import ReferenceBatch, Rope, StreamedReference
+from qwen_export.parity.report import ParityReport
+from qwen_export.parity.summarise import CONTROLS, WIDE_WINDOW, Evidence, summarise
+from qwen_export.progress import Progress, no_progress
+from qwen_runtime.backends.base import IntArray
+from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
+from qwen_runtime.bundle import Bundle
+from qwen_runtime.comparison import TOLERANCES
+
+__all__ = ["verify"]
+
+ROPE_CONTROLS: tuple[Rope, ...] = ("wrong theta", "swapped halves")
+WIDENED_SHARE = 64
+"""Of a sliding window: where one token is lost among thousands, a control must be coarser."""
+VERSIONED = ("qwen-export", "onnxruntime", "torch", "transformers", "onnx", "numpy")
+
+
+def verify(
+    bundle: Bundle, checkpoint: Checkpoint, *, progress: Progress = no_progress
+) -> ParityReport:
+    """Compare a bundle with the checkpoint it was built from.
+
+    Args:
+        bundle: The bundle; it is not written to.
+        checkpoint: The original.
+        progress: Where to report long steps.
+
+    Returns:
+        The report; whether the bundle passed is in it.
+
+    Raises:
+        ParityError: If the bundle is of a model of other dimensions, or in a format whose
+            tolerance was never argued.
+        BackendError: If ONNX Runtime cannot run the bundle.
+    """
+    began = time.perf_counter()
+    _require_comparable(bundle, checkpoint)
+    tolerance = TOLERANCES[bundle.manifest.compute_dtype]
+    allowed = tolerance.at_depth(checkpoint.config.num_hidden_layers)
+    reference = StreamedReference(checkpoint)
+    window = reference.sliding_window
+    chosen = make_prompts(bundle, window)
+    prompts = chosen.prompts
+    control = next(i for i, prompt in enumerate(prompts) if prompt.kind == "random")
+    with Observations(bundle.manifest.model.vocab_size) as seen:
+        answers, invariants = _run_bundle(bundle, prompts, control, seen, progress)
+        rows = [
+            np.concatenate((prompt.tokens, answer))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        wrong, skipped = _controls(rows, control, len(answers[control]), reference)
+        first = len(prompts)
+        for index, original in enumerate(wrong, first):
+            for case in (PREFILL_WHOLE, GREEDY_DECODE):
+                seen.reuse(case, original.row, original.control, index)
+        batches = _batches(chosen, rows, wrong, seen)
+        with progress("Running the original", reference.num_layers) as advance:
+            states = reference.hidden_states([batch for batch, _ in batches], advance)
+        hidden = {
+            index: state
+            for (_, indices), batch in zip(batches, states, strict=True)
+            for index, state in zip(indices, batch, strict=True)
+        }
+        ordered = [hidden[i] for i in range(first + len(wrong))]
+        with progress("Comparing", sum(map(len, ordered))) as advance:
+            judged, tops = judge(
+                seen,
+                ordered,
+                reference.logits,
+                bundle.manifest.model.vocab_size,
+                allowed,
+                advance,
+            )
+    return summarise(
+        Evidence(
+            prompts,
+            tuple(answers),
+            tuple(judged),
+            tuple(tops),
+            tuple(invariants),
+            tuple(key for key in CONTROLS if key != WIDE_WINDOW or window is not None),
+            skipped,
+        ),
+        source=bundle.manifest.source,
+        num_layers=checkpoint.config.num_hidden_layers,
+        compute_dtype=bundle.manifest.compute_dtype,
+        tolerance=allowed,
+        tolerance_reason=tolerance.reason,
+        notes=chosen.notes,
+        duration_s=time.perf_counter() - began,
+        versions={name: metadata.version(name) for name in VERSIONED}
+        | {"python": platform.python_version(), "machine": platform.machine()},
+        hashes={
+            name: entry.sha256
+            for name, entry in bundle.manifest.files.items()
+            if name not in ("parity.json", "parity.html", "reference.npz")
+        },
+    )
+
+
+def _require_comparable(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    manifest, config = bundle.manifest, checkpoint.config
+    for name in (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    ):
+        ours, theirs = getattr(manifest.model, name), getattr(config, name)
+        if ours != theirs:
+            raise ParityError(
+                f"{bundle.path} must be verified against the checkpoint it was built from "
+                f"({manifest.source}), but its {name} is {ours} and {checkpoint.path} has "
+                f"{theirs}; name the right one",
+                path=bundle.path,
+            )
+    if manifest.compute_dtype not in TOLERANCES:
+        raise ParityError(
+            f"{bundle.path}: compute_dtype must be one of {', '.join(TOLERANCES)} to be "
+            f"verified, got {manifest.compute_dtype}",
+            path=bundle.path,
+        )
+
+
+def _run_bundle(
+    bundle: Bundle,
+    prompts: Sequence[Prompt],
+    control: int,
+    seen: Observations,
+    progress: Progress,
+) -> tuple[list[IntArray], list[Invariant]]:
+    # One after the other: each holds its own packed copy of the weights.
+    with progress("Running prefill", 4) as advance:
+        runner = OnnxRuntimeRunner(bundle)
+        answers, invariants = prefill_cases(runner, prompts, seen, advance)
+        runner.close()
+    with progress("Running decode", 2) as advance:
+        runner = OnnxRuntimeRunner(bundle, decode_graph=True)
+        invariants += decode_cases(runner, prompts, answers, control, seen, advance)
+        runner.close()
+    return answers, invariants
+
+
+@dataclass(frozen=True, slots=True)
+class _WrongOriginal:
+    """A reference that is wrong on purpose."""
+
+    control: str
+    row: int
+    """Index of the row it runs."""
+    rope: Rope = "exact"
+    widened: int = 0
+
+
+def _controls(
+    rows: Sequence[IntArray], control: int, num_answer_tokens: int, reference: StreamedReference
+) -> tuple[list[_WrongOriginal], dict[str, str]]:
+    """The wrong originals to run, and why controls do not apply."""
+    wrong: list[_WrongOriginal] = []
+    skipped: dict[str, str] = {}
+    row = rows[control]
+    exact = reference.rotary("exact", len(row))
+    for rope in ROPE_CONTROLS:
+        angles = reference.rotary(rope, len(row))
+        if all(left.equal(right) for left, right in zip(exact, angles, strict=True)):
+            skipped[rope] = "it rotates by the same angles in so short a context"
+        else:
+            wrong.append(_WrongOriginal(rope, control, rope))
+    window = reference.sliding_window
+    longest = max(range(len(rows)), key=lambda i: len(rows[i]))
+    if window is not None and len(rows[longest]) > window:
+        widened = max(1, window // WIDENED_SHARE)
+        wrong.append(_WrongOriginal(WIDE_WINDOW, longest, widened=widened))
+    elif window is not None:
+        skipped[WIDE_WINDOW] = f"no row exceeds the window of {window} tokens"
+    if not num_answer_tokens:
+        skipped[OFF_BY_ONE] = "the context has no room for a decode step"
+    elif len(set(row.tolist())) < 2:
+        skipped[OFF_BY_ONE] = "the row holds one token only, so that its past is alike everywhere"
+    return wrong, skipped
+
+
+def _batches(
+    chosen: PromptSet,
+    rows: Sequence[IntArray],
+    wrong: Sequence[_WrongOriginal],
+    seen: Observations,
+) -> list[tuple[ReferenceBatch, tuple[int, ...]]]:
+    """What the reference runs, and the index of each of its rows."""
+    single = [i for i in range(len(rows)) if i not in chosen.left_padded]
+    batches: list[tuple[ReferenceBatch, tuple[int, ...]]] = [
+        (ReferenceBatch((rows[i],), (seen.positions(i),)), (i,)) for i in single
+    ]
+    if chosen.left_padded:
+        padded = chosen.left_padded
+        batch = ReferenceBatch(
+            tuple(rows[i] for i in padded), tuple(seen.positions(i) for i in padded)
+        )
+        batches.append((batch, padded))
+    for index, item in enumerate(wrong, len(rows)):
+        positions = (seen.positions(index),)
+        batch = ReferenceBatch((rows[item.row],), positions, item.rope, item.widened)
+        batches.append((batch, (index,)))
+    return batches
