@@ -32,8 +32,10 @@ def describe_text(bundle: Bundle) -> str:
         f"  built by      {manifest.producer}, {manifest.created}",
         f"  from          {manifest.source}"
         + (f" at {manifest.revision}" if manifest.revision else ""),
-        f"  model         {model.model_type}: {model.num_hidden_layers} layers, hidden "
-        f"{model.hidden_size}, {heads} of {model.head_dim}, vocabulary {model.vocab_size}",
+        (
+            f"  model         {model.model_type}: {model.num_hidden_layers} layers, hidden "
+            f"{model.hidden_size}, {heads} of {model.head_dim}, vocabulary {model.vocab_size}"
+        ),
         f"  precision     weights {manifest.precision}, compute {manifest.compute_dtype}",
         f"  max context   {manifest.max_context} tokens",
         f"  tokenizer     {_tokenizer(bundle)}",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         QwenRuntimeError,
         RequestError,
     )
+    from qwen_runtime.generation.candidates import AssistedStatistics
     from qwen_runtime.generation_config import GenerationConfig
     from qwen_runtime.llm import LLM
     from qwen_runtime.outputs import BatchOutput, RequestOutput, TokenLogprob
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLM",
+    "AssistedStatistics",
     "BackendError",
     "BatchOutput",
     "Bundle",
@@ -47,6 +49,7 @@ __all__ = [
 
 _MODULES = {
     "LLM": "llm",
+    "AssistedStatistics": "generation.candidates",
     "Bundle": "bundle",
     "GenerationConfig": "generation_config",
     "BatchOutput": "outputs",

@@ -92,7 +92,7 @@ def passes(llm: LLM, case: Case, token_ids: list[int]) -> bool:
         return bool(text == case["answer"])
     whole = case.get("prompt", "") + text
     return all(word in whole for word in case["check"]["want"].values()) and (
-        len(re.findall(r"[.!?。！？]", whole)) >= 3
+        len(re.findall(r"[.!?。]", whole)) >= 3
     )
 
 

@@ -132,7 +132,7 @@ def test_newer_schema_is_refused_with_both_versions(bundle: Path) -> None:
 def test_schema_version_that_never_was_is_refused(bundle: Path, version: object) -> None:
     edit(bundle, lambda manifest: manifest.update(schema_version=version))
 
-    with pytest.raises(BundleError, match="schema_version: .*the manifest is damaged"):
+    with pytest.raises(BundleError, match=r"schema_version: .*the manifest is damaged"):
         Bundle.open(bundle)
 
 

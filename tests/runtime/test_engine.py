@@ -192,7 +192,7 @@ def test_failing_call_fails_its_requests_and_no_others(
         assert later.decoding.tokens == expected(later.decoding)
 
 
-class Broken(Exception):
+class BrokenError(Exception):
     """Raised by the callbacks below."""
 
 
@@ -203,7 +203,7 @@ def raising(after: int) -> Callable[..., Any]:
         nonlocal calls
         calls += 1
         if calls > after:
-            raise Broken(f"call {calls}")
+            raise BrokenError(f"call {calls}")
         return arguments[1] if len(arguments) > 1 and arguments[1] is not None else False
 
     return call
@@ -216,12 +216,12 @@ class RaisingStreamer:
     def put(self, value: Any) -> None:
         if self.at == "put":
             if self.after == 0:
-                raise Broken("put")
+                raise BrokenError("put")
             self.after -= 1
 
     def end(self) -> None:
         if self.at == "end":
-            raise Broken("end")
+            raise BrokenError("end")
 
 
 CALLBACKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -241,7 +241,7 @@ def test_callback_that_raises_reaches_the_caller_and_harms_nothing(
     tiny_llm: LLM, name: str
 ) -> None:
     before = tiny_llm.generate(PROMPT, max_new_tokens=6)
-    error = ZeroDivisionError if name == "prefix function" else Broken
+    error = ZeroDivisionError if name == "prefix function" else BrokenError
 
     for arguments in ({}, {"do_sample": True, "num_return_sequences": 2}):
         with pytest.raises(error, match=r"call|put|end|division"):
@@ -261,7 +261,7 @@ def test_one_bad_callback_does_not_stop_the_requests_of_other_threads(tiny_llm: 
         try:
             kwargs = list(CALLBACKS.values())[index]() if index % 2 else {}
             results[index] = tiny_llm.generate([1, 2, 3], max_new_tokens=30, **kwargs)
-        except (Broken, ZeroDivisionError) as error:
+        except (BrokenError, ZeroDivisionError) as error:
             results[index] = error
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(6)]
@@ -320,9 +320,13 @@ def test_interruption_of_one_thread_leaves_the_others_their_answers(
         target=lambda: outputs.append(tiny_llm.generate([1, 2, 3], max_new_tokens=40))
     )
     other.start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def ask_until_interrupted() -> None:
         while other.is_alive():
             tiny_llm.generate(PROMPT, max_new_tokens=6)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_until_interrupted()
     other.join(timeout=60)
 
     assert shared.is_set()
@@ -338,12 +342,12 @@ def test_closing_while_another_thread_generates_is_an_error_there(
 
     def slow(ids: Any, scores: Any) -> Any:
         started.set()
-        time.sleep(0.002)
         return scores
 
     def ask() -> None:
         try:
-            llm.generate(PROMPT, max_new_tokens=50, logits_processor=[slow])
+            for _ in range(10_000):
+                llm.generate(PROMPT, max_new_tokens=50, logits_processor=[slow])
         except BackendError as error:
             errors.append(error)
 

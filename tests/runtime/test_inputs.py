@@ -258,7 +258,7 @@ def test_stream_gives_one_sequence(text_llm: LLM) -> None:
 
 def test_prompt_beyond_the_limit_is_refused_with_both_numbers(tiny_llm: LLM) -> None:
     with pytest.raises(
-        CapacityError, match="prompt must have at most 64 tokens .*got 65"
+        CapacityError, match=r"prompt must have at most 64 tokens .*got 65"
     ) as error:
         generate(tiny_llm, [1] * 65)
     assert error.value.param == "prompt"

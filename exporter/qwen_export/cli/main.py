@@ -104,7 +104,9 @@ def build(
         print_json(summary(bundle) | {"seconds": round(seconds, 2)})
         return
     size = sum(entry.num_bytes for entry in bundle.manifest.files.values())
-    click.echo(f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s; {parity_line(bundle.manifest.parity)}")
+    click.echo(
+        f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s; {parity_line(bundle.manifest.parity)}"
+    )
 
 
 @main.command()

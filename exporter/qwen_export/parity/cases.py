@@ -101,11 +101,16 @@ def prefill_cases(
     _prefill_whole(runner, prompts, seen)
     advance(1)
     last = _prefill_ragged(runner, prompts, seen)
-    tokens = _decode(runner, prompts, last, "greedy on the prefill graph", seen)
+    batch = _Keep()
+    tokens = _decode(runner, prompts, last, "greedy on the prefill graph", seen, keep=batch)
+    answer = tokens[longest][:FEW_STEPS]
+    together = batch.rows(longest)[: len(answer)]
+    alone = _replay(runner, prompts[longest], answer)
     advance(1)
     _prefill_chunks(runner, prompts, seen)
     advance(1)
     invariants = _prefill_batch(runner, prompts, seen)
+    invariants.append(_invariant("one token: a row in a batch = the row alone", together, alone))
     _prefill_copied(runner, longest, prompts, seen)
     advance(1)
     return tokens, invariants
@@ -135,14 +140,12 @@ def decode_cases(
     slots = range(len(prompts))
     runner.allocate(len(prompts), 1)
     runner.prefill(slots, [p.tokens for p in prompts], [0] * len(prompts), [0] * len(prompts))
-    batch = _Keep()
-    _decode(runner, prompts, None, GREEDY_DECODE, seen, feed=tokens, keep=batch)
+    _decode(runner, prompts, None, GREEDY_DECODE, seen, feed=tokens)
     advance(1)
     prompt, answer = prompts[control], tokens[control][:FEW_STEPS]
     alone = _replay(runner, prompt, answer)
     _add(seen, "greedy decode, one row", control, len(prompt.tokens), alone)
-    together = batch.rows(control)[: len(answer)]
-    invariants = [_invariant("decode: a row in a batch = the row alone", together, alone)]
+    invariants = []
     room = runner.limits.max_context - runner.capacity
     if room > 0 and len(answer) > 1:
         grown = _replay(runner, prompt, answer, grow_to=runner.capacity + min(GROWTH, room))
