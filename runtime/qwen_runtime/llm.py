@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,7 @@ class LLM:
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cancel: threading.Event | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate.
@@ -145,6 +147,8 @@ class LLM:
             negative_prompt_attention_mask: 1 for its tokens, 0 for pads on the left.
             tools: Tools for the chat template; messages only.
             chat_template_kwargs: More variables for the chat template; messages only.
+            cancel: Ends generation within one step when another thread sets it; what was
+                generated is returned with finish_reason "cancelled".
             **kwargs: Settings of `GenerationConfig` by name.
 
         Returns:
@@ -171,7 +175,7 @@ class LLM:
         if array is not None:
             self._inputs.refuse_template_arguments("an array", tools, chat_template_kwargs)
             machine = self._modes.for_batch(array, attention_mask, call)
-            self._run([machine], assistant_model)
+            self._run([machine], assistant_model, cancel)
             return batch_output(machine.generation, self.tokenizer)
         prompts, many = self._inputs.read(
             prompt, tools=tools, template_kwargs=chat_template_kwargs or {}
@@ -186,7 +190,7 @@ class LLM:
                 param="streamer",
             )
         machines = self._modes.for_prompts(prompts, call)
-        self._run(machines, assistant_model)
+        self._run(machines, assistant_model, cancel)
         outputs = [
             output
             for machine in machines
@@ -207,6 +211,7 @@ class LLM:
         negative_prompt_attention_mask: npt.ArrayLike | None = None,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cancel: threading.Event | None = None,
         **kwargs: Any,
     ) -> TextStream:
         """Generate for one prompt, piece by piece.
@@ -244,10 +249,12 @@ class LLM:
                     f"stream gives one sequence as it grows, got {name}={number}; use generate",
                     param=name,
                 )
+        cancel = cancel or threading.Event()
         return TextStream(
             machine.generation,
             self.tokenizer,
-            lambda: self._engine.run(machine.decoding, _lent(machine, assistant_model)),
+            lambda: self._engine.run(machine.decoding, _lent(machine, assistant_model), cancel),
+            cancel,
         )
 
     def encode(
@@ -339,9 +346,11 @@ class LLM:
                 )
         self._known_drafts.add(assistant)
 
-    def _run(self, machines: Sequence[Machine], assistant: LLM | None) -> None:
+    def _run(
+        self, machines: Sequence[Machine], assistant: LLM | None, cancel: threading.Event | None
+    ) -> None:
         self._engine.drain(
-            [machine.decoding for machine in machines], _lent(machines[0], assistant)
+            [machine.decoding for machine in machines], _lent(machines[0], assistant), cancel
         )
 
 

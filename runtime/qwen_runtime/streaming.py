@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Self
@@ -24,8 +25,8 @@ class TextStream:
     """An iterator over text pieces of one request.
 
     A piece holds whole characters and may cover several tokens; pieces are never empty. Closing
-    the stream, or leaving its ``with`` block, cancels what has not been generated.
-
+    the stream, or leaving its ``with`` block, cancels what has not been generated; `cancel` does
+    so from another thread.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class TextStream:
         decoding: Generation,
         tokenizer: Tokenizer | None,
         run: Callable[[], Iterator[None]],
+        cancel: threading.Event,
     ) -> None:
         if tokenizer is None:
             raise RequestError(
@@ -40,6 +42,7 @@ class TextStream:
                 param="prompt",
             )
         self._decoding = decoding
+        self._cancel = cancel
         self._tokenizer = tokenizer
         self._pieces = _read(decoding, self._make_detokenizer(), run())
 
@@ -64,8 +67,12 @@ class TextStream:
     def __next__(self) -> str:
         return next(self._pieces)
 
+    def cancel(self) -> None:
+        """End the stream within one step; may be called from any thread."""
+        self._cancel.set()
+
     def close(self) -> None:
-        """Cancel what has not been generated."""
+        """Cancel what has not been generated; for the thread that reads the stream."""
         self._pieces.close()
         if not self._decoding.finished:
             self._decoding.cancel()

@@ -106,27 +106,21 @@ def test_no_runtime_file_names_a_build_time_package_in_an_import(path: Path) -> 
     # Names in the command line's modules are click's, not an API.
     ["qwen_runtime", *(name for name in modules() if ".cli." not in name)],
 )
-def test_all_names_every_public_definition_of_a_module_in_order(name: str) -> None:
+def test_all_names_every_public_class_and_function_of_a_module_in_order(name: str) -> None:
     module = importlib.import_module(name)
     tree = ast.parse(Path(str(module.__file__)).read_text("utf-8"))
     if not tree.body[1:]:  # a package that is only its docstring
         return
-    defined: set[str] = set()
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Assign):
-            defined.update(target.id for target in node.targets if isinstance(target, ast.Name))
-        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            defined.add(node.target.id)
-    public = {definition for definition in defined if not definition.startswith("_")}
-    constants = {definition for definition in public if definition.isupper()}
+    public = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    }
 
     named = module.__all__
     assert list(named) == sorted(named, key=_isort_key)
-    assert all(hasattr(module, public_name) for public_name in named)
-    # A constant may serve its module alone.
-    assert public - constants <= set(named)
+    assert all(hasattr(module, name) for name in named)
+    assert public <= set(named)
 
 
 def _isort_key(name: str) -> tuple[int, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,8 @@ from qwen_runtime import LLM
 from qwen_runtime.text import TextIteratorStreamer
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
+FOREVER: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40, "eos_token_id": None}
+"""Settings under which an answer does not end by itself."""
 
 
 @pytest.fixture(autouse=True)
@@ -206,3 +210,37 @@ def test_streamer_of_transformers_kind_gets_the_same_text(text_llm: LLM) -> None
     output = text_llm.generate("Hello", streamer=streamer, **GREEDY)
 
     assert "".join(streamer) == output.text
+
+
+def test_stream_is_cancelled_from_another_thread(text_llm: LLM) -> None:
+    stream = text_llm.stream("Hello", **FOREVER)
+    pieces = [next(stream)]
+    other = threading.Thread(target=stream.cancel)
+    other.start()
+    other.join()
+    pieces += stream
+
+    assert stream.output.finish_reason == "cancelled"
+    assert "".join(pieces) == stream.output.text
+    assert len(stream.output.token_ids) < 40
+
+
+def test_generate_is_cancelled_from_another_thread(text_llm: LLM) -> None:
+    cancel = threading.Event()
+
+    def at_the_fifth_token(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 10:  # two prompts
+            other = threading.Thread(target=cancel.set)
+            other.start()
+            other.join()
+        return scores
+
+    calls = 0
+    outputs = text_llm.generate(
+        ["Hello", "the"], logits_processor=[at_the_fifth_token], cancel=cancel, **FOREVER
+    )
+
+    assert {output.finish_reason for output in outputs} == {"cancelled"}
+    assert {len(output.token_ids) for output in outputs} == {5}

@@ -37,12 +37,18 @@ class EngineDriver:
         """Requests that are not done."""
         return self._engine.num_requests
 
-    def drain(self, decodings: Sequence[Decoding], draft: Model | None = None) -> None:
+    def drain(
+        self,
+        decodings: Sequence[Decoding],
+        draft: Model | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
         """Run state machines until all are done; cancel them if that is interrupted.
 
         Args:
             decodings: The state machines.
             draft: The model that their draft steps run on.
+            cancel: Finishes them within one step when another thread sets it.
 
         Raises:
             BackendError: If the engine fails, or is closed.
@@ -55,6 +61,7 @@ class EngineDriver:
             for request in requests:
                 while not request.done.is_set():
                     with self._lock:
+                        _pass_on(cancel, requests)
                         if not request.done.is_set():
                             self._step()
         except BaseException:
@@ -64,7 +71,12 @@ class EngineDriver:
             if request.error is not None:
                 raise request.error
 
-    def run(self, decoding: Decoding, draft: Model | None = None) -> Iterator[None]:
+    def run(
+        self,
+        decoding: Decoding,
+        draft: Model | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Iterator[None]:
         """Run one state machine and give back control after each of its steps.
 
         Closing the iterator cancels it. Arguments and errors are those of `drain`.
@@ -82,6 +94,7 @@ class EngineDriver:
         try:
             while not request.done.is_set():
                 with self._lock:
+                    _pass_on(cancel, [request])
                     if steps == seen and not request.done.is_set():
                         self._step()
                 if steps != seen:
@@ -116,3 +129,9 @@ class EngineDriver:
     def _require_open(self) -> None:
         if self._engine.model.closed:
             raise BackendError("the LLM is closed; open the bundle again")
+
+
+def _pass_on(cancel: threading.Event | None, requests: Sequence[Request]) -> None:
+    if cancel is not None and cancel.is_set():
+        for request in requests:
+            request.cancel()

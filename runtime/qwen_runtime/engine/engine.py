@@ -161,16 +161,20 @@ class Engine:
 
     def _run(self, batch: Batch) -> None:
         rows = []
+        copied: set[int] = set()
         for task, _, feed in batch.feeds:
             request = _request_of(task)
             slots = request.draft_slots if task.step.on_draft else request.slots
-            rows.append(RowFeed(slots, feed, tuple(task.copies)))
-            task.copies.clear()
+            copies = () if id(task) in copied else tuple(task.copies)
+            copied.add(id(task))
+            rows.append(RowFeed(slots, feed, copies))
         model = batch.model if isinstance(batch.model, Model) else self.model
         results = model.run(rows, decode=batch.decode)
         # Decode logits live in the runner's buffer until its next call. A task's decode feeds run
         # after its prefill feeds and all at once, so they are delivered before that.
         for (task, index, _), values in zip(batch.feeds, results, strict=True):
+            # Only now: a call that was interrupted is made again, copies included.
+            task.copies.clear()
             task.logits[index] = values
 
     def _deliver(self, task: Task) -> None:

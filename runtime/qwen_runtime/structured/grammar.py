@@ -17,7 +17,7 @@ from qwen_runtime.text import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-__all__ = ["JSON_OPTIONS", "Grammar", "GrammarCompiler"]
+__all__ = ["JSON_OPTIONS", "Grammar", "GrammarCompiler", "lark_string"]
 
 JSON_OPTIONS: Final[Mapping[str, object]] = {
     "coerce_one_of": False,
