@@ -2,8 +2,8 @@
 
     python benchmarks/cpu.py --shape Qwen2.5-0.5B --prompts 128 900
 
-Random weights; both sides run the same ids. Medians of pairs measured in turn. It also prints our
-Python and NumPy time per step and the memory our side holds.
+Random weights; both sides run the same ids. Medians of pairs measured in turn. It also prints how
+long our side takes to load and the memory it holds.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, object] = {"shape": args.shape}
     with tempfile.TemporaryDirectory() as scratch:
-        for layers in args.layers:
+        for layers in sorted(args.layers):  # the peak of all children only grows
             folder, output = (
                 Path(scratch, f"checkpoint-{layers}"),
                 Path(scratch, f"bundle-{layers}"),

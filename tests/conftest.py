@@ -67,6 +67,13 @@ def golden_bundle(build_bundle: BuildBundle) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def verified_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose parity passed; not to be changed."""
+    folder = tmp_path_factory.mktemp("verified") / "bundle"
+    return build(GOLDEN / "models" / "qwen2_untied", folder).path
+
+
+@pytest.fixture(scope="session")
 def golden_llm(golden_bundle: Callable[[str], Path]) -> Iterator[GoldenLLM]:
     """A golden checkpoint by its name, loaded."""
     from qwen_runtime import LLM

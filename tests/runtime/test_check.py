@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_export.bundle import build
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
 from qwen_runtime.bundle import Bundle, sha256_of
 from qwen_runtime.check import CPU_BACKENDS, check
@@ -23,12 +22,6 @@ from qwen_runtime.reference_data import REFERENCE_FILE, ReferenceData
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "models"
 ONE_BACKEND = {"cpu": OnnxRuntimeRunner}
-
-
-@pytest.fixture(scope="session")
-def verified_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose parity passed; not to be changed."""
-    return build(GOLDEN / "qwen2_untied", tmp_path_factory.mktemp("check") / "bundle").path
 
 
 @pytest.fixture

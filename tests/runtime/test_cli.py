@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,42 @@ def test_check_of_a_bundle_that_was_never_verified_says_so(embedded_bundle: Path
     result = run("check", embedded_bundle)
     assert result.exit_code == 1
     assert "reference.npz" in result.stderr
+
+
+def test_check_passes_for_a_verified_bundle_and_shows_progress(verified_bundle: Path) -> None:
+    result = run("check", verified_bundle)
+    assert result.exit_code == 0, result.output
+    assert "answers like its checkpoint" in result.stdout
+    assert "Checking files" in result.stderr
+    assert "Replaying on ONNX Runtime" in result.stderr
+
+
+def test_check_names_a_changed_file(verified_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(verified_bundle, tmp_path / "bundle"))
+    weights = bundle / "weights.bin"
+    content = bytearray(weights.read_bytes())
+    content[1000] ^= 1
+    weights.write_bytes(content)
+    result = run("check", bundle)
+    assert result.exit_code == 1
+    assert "weights.bin: sha256 must be" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "PROMPT must not be empty"),
+        (["-", "-"], 'give "-" one time'),
+        (["Hi", "--top-logprobs", "2"], "are printed with --json"),
+        (["Hi", "--set", "output_scores=true"], "ask for them in Python"),
+    ],
+)
+def test_what_the_command_line_cannot_do_is_wrong_usage(
+    embedded_bundle: Path, arguments: list[str], message: str
+) -> None:
+    result = run("generate", embedded_bundle, *arguments, stdin="Hi")
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_chat_answers_resets_and_leaves(embedded_bundle: Path) -> None:

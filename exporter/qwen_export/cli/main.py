@@ -47,24 +47,29 @@ def main(traceback: bool) -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace a bundle at the output.")
 @click.option(
-    "--precision", default="fp32", show_default=True, help="Format of the weights: fp32."
+    "--precision",
+    type=click.Choice(["fp32"]),
+    default="fp32",
+    show_default=True,
+    help="Format of the weights.",
 )
 @click.option(
     "--compute-dtype",
+    type=click.Choice(["fp32"]),
     default="fp32",
     show_default=True,
-    help="Format of activations and KV caches: fp32.",
+    help="Format of activations and KV caches.",
 )
 @click.option(
     "--max-context",
-    type=int,
+    type=click.IntRange(min=1),
     metavar="N",
     help="Longest row in tokens.  [default: max_position_embeddings]",
 )
 @revision_option
 @click.option("--no-verify", is_flag=True, help="Do not prove parity with PyTorch.")
 @json_option
-@reports(ExportError, QwenRuntimeError)
+@reports(ExportError, QwenRuntimeError, extra="export")
 def build(
     model: str | None,
     output: Path | None,
@@ -91,7 +96,8 @@ def build(
     from qwen_export.progress import console_progress
 
     if output is None:
-        output = Path("artifacts") / (Path(model).name if model else EMBEDDED_MODEL)
+        name = Path(model).resolve().name if model and Path(model).exists() else model
+        output = Path("artifacts") / Path(name or EMBEDDED_MODEL).name
     options = BuildOptions(precision, compute_dtype, max_context, verify=not no_verify)
     started = time.monotonic()
     bundle = build_bundle(
@@ -114,7 +120,7 @@ def build(
 @click.argument("model", required=False)
 @revision_option
 @json_option
-@reports(ExportError, QwenRuntimeError)
+@reports(ExportError, QwenRuntimeError, extra="export")
 def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool) -> None:
     """Compare BUNDLE with MODEL in PyTorch again; nothing is written.
 
@@ -157,7 +163,7 @@ def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool)
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
-@reports(ExportError, QwenRuntimeError)
+@reports(ExportError, QwenRuntimeError, extra="export")
 def inspect(bundle: Path, as_json: bool) -> None:
     """Show what BUNDLE holds: model, graphs, files, versions, parity.
 
@@ -182,9 +188,11 @@ def inspect(bundle: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the bundle.  [default: artifacts/tiny-qwen2-chat]",
 )
-@reports(ExportError, QwenRuntimeError)
+@reports(ExportError, QwenRuntimeError, extra="export")
 def demo(output: Path | None) -> None:
     """Build the embedded model, verify it against PyTorch, and let it answer a question.
+
+    The default folder is replaced; another one must not exist.
 
     \b
     Example:
@@ -195,13 +203,13 @@ def demo(output: Path | None) -> None:
     from qwen_export.progress import console_progress
     from qwen_runtime.llm import LLM
 
-    output = output or Path("artifacts") / EMBEDDED_MODEL
-    bundle = build_bundle(None, output, overwrite=True, progress=console_progress)
+    folder = output or Path("artifacts") / EMBEDDED_MODEL
+    bundle = build_bundle(None, folder, overwrite=output is None, progress=console_progress)
     question = "What is 17 + 25?"
     with LLM(bundle) as llm:
         messages = [{"role": "user", "content": question}]
         answer = llm.generate(messages, do_sample=False, max_new_tokens=64)
-    click.echo(f"Bundle:   {output}")
+    click.echo(f"Bundle:   {folder}")
     click.echo(f"Question: {question}")
     click.echo(f"Answer:   {answer.text}")
     click.echo(parity_line(bundle.manifest.parity))

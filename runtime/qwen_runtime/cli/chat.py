@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from qwen_runtime.cli.options import DEFAULT_NEW_TOKENS
 from qwen_runtime.errors import RequestError
 from qwen_runtime.llm import LLM
 
@@ -42,12 +41,13 @@ def converse(llm: LLM, system: str | None, settings: Mapping[str, Any]) -> None:
 
 
 def _answer(llm: LLM, messages: list[dict[str, str]], settings: Mapping[str, Any]) -> str:
-    limit = {} if "max_length" in settings else {"max_new_tokens": DEFAULT_NEW_TOKENS}
-    with llm.stream(messages, **(limit | dict(settings))) as stream:
-        try:
+    answer = ""
+    try:
+        with llm.stream(messages, **settings) as stream:
             for piece in stream:
+                answer += piece
                 click.echo(piece, nl=False)
-        except KeyboardInterrupt:
-            click.echo(" [stopped]", nl=False, err=True)
-        click.echo()
-        return stream.output.text
+    except KeyboardInterrupt:
+        click.echo(" [stopped]", nl=False, err=True)
+    click.echo()
+    return answer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_NOT_FOR_CHAT = (
+    "--num-beams",
+    "--length-penalty",
+    "--num-return-sequences",
+    "--logprobs",
+    "--top-logprobs",
+)
 bundle_argument = click.argument("bundle", type=click.Path(path_type=Path))
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads; one per core by default."
@@ -47,7 +56,7 @@ def main(traceback: bool) -> None:
 @main.command(cls=GroupedCommand)
 @bundle_argument
 @click.argument("prompt", nargs=-1)
-@generation_options
+@generation_options()
 @click.option("--raw", is_flag=True, help="Take PROMPT as it is, without the chat template.")
 @click.option("--system", metavar="TEXT", help="System message before PROMPT.")
 @threads_option
@@ -64,16 +73,19 @@ def generate(
 ) -> None:
     """Generate an answer to every PROMPT.
 
-    "-", or no PROMPT at all, reads one from standard input. A PROMPT is a user message if the bundle has a chat template, unless --raw is given. Settings
-    that are not given come from the bundle's generation_config.json.
+    "-", or no PROMPT at all, reads one from standard input. A PROMPT is a user message if the
+    bundle has a chat template, unless --raw is given. Settings that are
+    not given come from the bundle's generation_config.json.
 
     \b
     Examples:
       qwen-run generate BUNDLE "What is 17 + 25?" --greedy
       qwen-run generate BUNDLE "Once upon a time" --raw --max-new-tokens 50 --seed 1 --json
     """
-    texts = [_stdin() if text == "-" else text for text in prompt or ("-",)]
     settings = settings_from(options)
+    if settings.get("logprobs") and not as_json:
+        raise click.UsageError("--logprobs and --top-logprobs are printed with --json")
+    texts = _texts(prompt)
     with ExitStack() as stack:
         llm = stack.enter_context(_open(bundle, threads))
         if options["assistant"] is not None:
@@ -83,7 +95,7 @@ def generate(
             raise click.UsageError("--system needs a chat template: the bundle has none, or --raw")
         prompts = [_messages(text, system) if chat else text for text in texts]
         _limit_length(llm, prompts, settings)
-        single = {"num_return_sequences", "num_beams"}.isdisjoint(settings)
+        single = all(settings.get(name, 1) == 1 for name in ("num_return_sequences", "num_beams"))
         if len(prompts) == 1 and single and not as_json:
             for piece in llm.stream(prompts[0], **settings):
                 click.echo(piece, nl=False)
@@ -110,12 +122,12 @@ def check(bundle: Path, as_json: bool) -> None:
     Example:
       qwen-run check artifacts/tiny-qwen2-chat
     """
-    from dataclasses import asdict
-
     from qwen_runtime.bundle import Bundle
     from qwen_runtime.check import check as run_check
+    from qwen_runtime.cli.bars import Bars
 
-    result = run_check(Bundle.open(bundle))
+    with Bars() as bars:
+        result = run_check(Bundle.open(bundle), progress=bars)
     if as_json:
         print_json({"passed": result.passed, "max_error": result.max_error, **asdict(result)})
     elif result.passed:
@@ -132,7 +144,7 @@ def check(bundle: Path, as_json: bool) -> None:
 
 @main.command(cls=GroupedCommand)
 @bundle_argument
-@generation_options
+@generation_options(without=_NOT_FOR_CHAT)
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
 @threads_option
 @reports(QwenRuntimeError)
@@ -148,16 +160,13 @@ def chat(bundle: Path, system: str | None, threads: int | None, **options: Any) 
     from qwen_runtime.cli.chat import converse
 
     settings = settings_from(options)
-    for name in ("num_beams", "num_return_sequences"):
-        if name in settings:
-            raise click.UsageError(f"--{name.replace('_', '-')} cannot be streamed; use generate")
     with ExitStack() as stack:
         llm = stack.enter_context(_open(bundle, threads))
         if options["assistant"] is not None:
             settings["assistant_model"] = stack.enter_context(_open(options["assistant"], threads))
         if llm.chat_template is None:
             raise click.ClickException(f"{bundle} has no chat template; use `qwen-run generate`")
-        converse(llm, system, settings)
+        converse(llm, system, settings | _default_limit(llm, settings))
 
 
 def _open(bundle: Path, threads: int | None) -> LLM:
@@ -167,8 +176,8 @@ def _open(bundle: Path, threads: int | None) -> LLM:
 
 
 def _limit_length(llm: LLM, prompts: list[Any], settings: dict[str, Any]) -> None:
-    """Where no limit is asked for, take ours, or what the context leaves."""
-    if settings.keys() & {"max_new_tokens", "max_length"}:
+    """Where neither the user nor the bundle sets a limit, take ours, or what the context leaves."""
+    if not _default_limit(llm, settings):
         return
     room = llm.bundle.manifest.max_context + 1 - max(len(llm.encode(p)) for p in prompts)
     settings["max_new_tokens"] = max(1, min(DEFAULT_NEW_TOKENS, room))
@@ -177,6 +186,25 @@ def _limit_length(llm: LLM, prompts: list[Any], settings: dict[str, Any]) -> Non
 def _messages(text: str, system: str | None) -> list[dict[str, str]]:
     head = [] if system is None else [{"role": "system", "content": system}]
     return [*head, {"role": "user", "content": text}]
+
+
+def _default_limit(llm: LLM, settings: Mapping[str, Any]) -> dict[str, int]:
+    """Our limit of new tokens, unless the user or the bundle sets one."""
+    names = ("max_new_tokens", "max_length")
+    if any(name in settings or getattr(llm.generation_config, name) is not None for name in names):
+        return {}
+    return {"max_new_tokens": DEFAULT_NEW_TOKENS}
+
+
+def _texts(prompts: tuple[str, ...]) -> list[str]:
+    """The prompts, one of them read from standard input where "-" stands."""
+    prompts = prompts or ("-",)
+    if prompts.count("-") > 1:
+        raise click.UsageError('standard input is read once: give "-" one time')
+    texts = [_stdin() if text == "-" else text for text in prompts]
+    if not all(texts):
+        raise click.UsageError("PROMPT must not be empty")
+    return texts
 
 
 def _stdin() -> str:
@@ -192,6 +220,8 @@ def _document(output: RequestOutput) -> dict[str, object]:
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "prompt_tokens": len(output.prompt_token_ids),
+        "sequence_score": output.sequence_score,
+        "assistance": output.assistance and asdict(output.assistance),
         "logprobs": output.logprobs
         and [
             {"token_id": item.token_id, "logprob": item.logprob, "top": item.top}

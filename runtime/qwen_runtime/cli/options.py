@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,21 +103,27 @@ _GROUPS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     ],
 }
 
+_PYTHON_ONLY = {"output_scores", "output_logits", "return_dict_in_generate"}
 _NOT_SETTINGS = {"greedy", "sample", "assistant", "json_schema", "regex", "choice", "set"}
 DEFAULT_NEW_TOKENS = 256
 """Tokens, where the command line names no limit."""
 
 
-def generation_options(command: Command) -> Command:
-    """Add the options to a command of class `GroupedCommand`."""
+def generation_options(*, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """Add the options, all but those named, to a command of class `GroupedCommand`."""
     options = [
         click.option(name, cls=GroupedOption, group=group, **kwargs)
         for group, members in _GROUPS.items()
         for name, kwargs in members
+        if name not in without
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def settings_from(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +142,8 @@ def settings_from(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     if greedy or sample:
         settings["do_sample"] = sample
+    if "logprobs" not in settings and "top_logprobs" in settings:
+        settings["logprobs"] = True
     response_format = _response_format(options)
     if response_format is not None:
         settings["response_format"] = response_format
@@ -149,6 +157,8 @@ def settings_from(options: Mapping[str, Any]) -> dict[str, Any]:
             ) from error
         if not equals:
             raise click.UsageError(f"--set must be NAME=JSON, got {assignment}")
+        if name in _PYTHON_ONLY:
+            raise click.UsageError(f"{name} are arrays [rows, vocab]; ask for them in Python")
     return settings
 
 

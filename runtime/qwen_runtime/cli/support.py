@@ -32,11 +32,14 @@ def print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def reports(*known: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def reports(
+    *known: type[Exception], extra: str | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Turn known errors into one ``Error:`` line and exit status 1; show warnings as lines.
 
     Args:
         *known: Exceptions that are the user's to mend. Others are bugs and keep their traceback.
+        extra: Optional dependencies that the command needs, for the message when one is missing.
     """
 
     def decorate(command: Callable[P, R]) -> Callable[P, R]:
@@ -51,6 +54,13 @@ def reports(*known: type[Exception]) -> Callable[[Callable[P, R]], Callable[P, R
                     if context.find_root().params.get("traceback"):
                         raise
                     raise click.ClickException(str(error)) from error
+                except ModuleNotFoundError as error:
+                    if extra is None or (error.name or "").startswith("qwen_"):
+                        raise
+                    raise click.ClickException(
+                        f"{error.name} is not installed; this command needs "
+                        f"pip install 'qwen-export[{extra}]'"
+                    ) from error
                 except KeyboardInterrupt:
                     raise click.Abort from None
 
