@@ -23,7 +23,7 @@ from qwen_export.checkpoint import (
     require_supported,
 )
 from qwen_export.describe import describe, source_name, template_files, write_manifest
-from qwen_export.errors import ExportError, ParityError
+from qwen_export.errors import ExportError, OutputError, ParityError
 from qwen_export.model.parameters import parameters
 from qwen_export.progress import Progress, no_progress
 from qwen_export.rotary import context_limit, rotary_tables
@@ -38,6 +38,8 @@ __all__ = ["EMBEDDED_MODEL", "BuildOptions", "build", "embedded_model"]
 EMBEDDED_MODEL = "tiny-qwen2-chat"
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 WEIGHTS_FILE = "weights.bin"
+_MOST_FAILED = 20
+"""Names tried for a bundle that failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,14 @@ def build(
 ) -> Bundle:
     """Build a bundle.
 
+    Threads may build at the same time; they trace one after the other, because tracing changes
+    the process's warning filters.
+
     Args:
         model: A checkpoint's folder or hub id; None for the embedded model.
         output: The bundle's folder. It appears only when the bundle is complete.
         options: Precision, context and verification.
-        revision: Branch, tag or commit of a hub id.
+        revision: Branch, tag or commit of a hub id; the manifest records the commit it means.
         overwrite: Replace a bundle at ``output``.
         progress: Where to report long steps.
 
@@ -94,9 +99,10 @@ def build(
     Raises:
         CheckpointError: If the checkpoint is missing, damaged or contradicts itself.
         UnsupportedModelError: If it asks for something that is not supported.
-        OutputError: If ``output`` exists or cannot be written.
+        OutputError: If ``output`` exists, appears during the build or cannot be written.
         ParityError: If the bundle does not answer like the checkpoint. It is left at
-            ``output`` + ".failed", with the report; ``output`` itself is not touched.
+            ``output`` + ".failed", with the report, or where something else is in the way at the
+            next free name, ".failed-2", ...; ``output`` itself is not touched.
     """
     options = options or BuildOptions()
     output = output.absolute()
@@ -128,13 +134,12 @@ def build(
             precision=options.precision,
             compute_dtype=options.compute_dtype,
             source=source_name(checkpoint, model),
-            revision=revision,
         )
         hashes = {WEIGHTS_FILE: weights.sha256}
         write_manifest(manifest, folder, hashes)
         if options.verify:
             _verify(manifest, checkpoint, folder, output, hashes, progress)
-        install(folder, output)
+        install(folder, output, overwrite=overwrite)
     return Bundle.open(output)
 
 
@@ -217,15 +222,27 @@ def _verify(
     verified = replace(manifest, parity=report.summary(), tools=tools)
     write_manifest(verified, folder, hashes)
     if not report.passed:
-        failed = output.with_name(output.name + ".failed")
-        if failed.exists():
-            require_absent(failed, overwrite=True)
-        install(folder, failed)
+        failed = _keep_failed(folder, output)
+        where = f"are in {failed}" if failed else "could not be kept; make room beside the output"
         raise ParityError(
             f"the exported model does not answer like the original: {report.first_departure}; "
-            f"the bundle and its report are in {failed}",
+            f"the bundle and its report {where}",
             path=failed,
         )
+
+
+def _keep_failed(folder: Path, output: Path) -> Path | None:
+    """Leave a failed bundle beside the output: over an older failure, or under a free name."""
+    for number in range(1, _MOST_FAILED + 1):
+        suffix = ".failed" if number == 1 else f".failed-{number}"
+        failed = output.with_name(output.name + suffix)
+        try:
+            install(folder, failed, overwrite=number == 1)
+        except (OutputError, OSError):
+            # Where a failed bundle is kept must not hide that it failed.
+            continue
+        return failed
+    return None
 
 
 def _json(data: Mapping[str, object]) -> str:

@@ -59,7 +59,6 @@ def describe(
     precision: str,
     compute_dtype: str,
     source: str,
-    revision: str | None,
 ) -> Manifest:
     """The manifest of a bundle that is not yet verified, its files not yet listed."""
     config = checkpoint.config
@@ -67,7 +66,7 @@ def describe(
         producer=f"qwen-export {metadata.version('qwen-export')}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=source,
-        revision=revision,
+        revision=checkpoint.revision,
         model=ModelEntry(
             model_type=config.model_type,
             vocab_size=config.vocab_size,

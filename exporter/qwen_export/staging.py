@@ -10,17 +10,24 @@ import ctypes
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from qwen_export.errors import OutputError
 
 __all__ = ["install", "require_absent", "staging_folder"]
 
+_RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+# Process ids are used again (in a container each build may be number 1), so that the id alone
+# does not tell this process's folders from those of one that died.
+_PROCESS = secrets.token_hex(4)
+_BUILDS = count(1)
 
 
 def require_absent(output: Path, *, overwrite: bool) -> None:
@@ -53,7 +60,8 @@ def staging_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: If it cannot be created, or the disk fills up while it is written.
     """
-    folder = output.parent / f".{output.name}.building-{os.getpid()}"
+    build = f"{os.getpid()}-{_PROCESS}-{next(_BUILDS)}"
+    folder = output.parent / f".{output.name}.building-{build}"
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(output)
@@ -75,52 +83,86 @@ def staging_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def install(staged: Path, output: Path) -> None:
-    """Make ``staged`` become ``output`` in one step, replacing what is there."""
+def install(staged: Path, output: Path, *, overwrite: bool) -> None:
+    """Make ``staged`` become ``output`` in one step.
+
+    Args:
+        staged: A complete folder on the same file system.
+        output: Its final place.
+        overwrite: Replace a bundle or an empty folder that is there; it is deleted.
+
+    Raises:
+        OutputError: If ``output`` exists and may not be replaced; both stay as they are.
+    """
     for file in staged.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    if not output.exists():
-        staged.rename(output)
+    # Asked again: a build takes minutes, in which something may have appeared there.
+    require_absent(output, overwrite=overwrite)
+    if not overwrite or not output.exists():
+        _move(staged, output)
         return
     _exchange(staged, output)
     if staged.is_symlink():
         # The output was a link to a bundle elsewhere; what it led to stays.
         staged.unlink()
     else:
-        shutil.rmtree(staged)
+        # The new output stands; what cannot be deleted of the old one is no failure of it.
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _move(staged: Path, output: Path) -> None:
+    """Rename a folder to a name that must be free: atomically on Linux."""
+    error = _renameat2(staged, output, _RENAME_NOREPLACE)
+    if error == 0:
+        return
+    if error == errno.EEXIST:
+        require_absent(output, overwrite=False)
+    # A system or file system without the flag; rename replaces no more than an empty folder.
+    try:
+        staged.rename(output)
+    except OSError as cause:
+        if cause.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            require_absent(output, overwrite=False)
+        raise
 
 
 def _exchange(left: Path, right: Path) -> None:
     """Swap two folders: atomically on Linux, else by two renames."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        code = renameat2(
-            _AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), _RENAME_EXCHANGE
-        )
-        if code == 0:
-            return
+    if _renameat2(left, right, _RENAME_EXCHANGE) == 0:
+        return
     aside = left.with_name(left.name + ".old")
     right.rename(aside)
     left.rename(right)
     aside.rename(left)
 
 
+def _renameat2(left: Path, right: Path, flags: int) -> int:
+    """Linux's rename with flags; gives 0 or the errno."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return errno.ENOSYS
+    code = renameat2(_AT_FDCWD, os.fsencode(left), _AT_FDCWD, os.fsencode(right), flags)
+    return 0 if code == 0 else ctypes.get_errno()
+
+
 def _remove_leftovers(output: Path) -> None:
     """Remove hidden folders of builds that no longer run."""
-    pattern = re.compile(rf"\.{re.escape(output.name)}\.building-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.building-(\d+)-([0-9a-f]+)-\d+")
     for entry in output.parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if match and not _alive(int(match[1])):
+        if match and not _runs(int(match[1]), match[2]):
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _runs(pid: int, process: str) -> bool:
+    if pid == os.getpid():
+        return process == _PROCESS
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return pid != os.getpid()
+        pass
+    return True

@@ -7,6 +7,7 @@ not, so tracing a 72B model costs as much memory as tracing a small one.
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from qwen_export.model.decoder import Decoder
 __all__ = ["Phase", "input_names", "output_names", "trace"]
 
 Phase = Literal["prefill", "decode"]
+# Warning filters and logger levels belong to the process.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def input_names(phase: Phase, num_layers: int) -> list[str]:
@@ -39,7 +42,7 @@ def output_names(num_layers: int) -> list[str]:
 
 
 def trace(config: ModelConfig, phase: Phase, *, tied: bool, max_context: int) -> ir.Model:
-    """Trace one phase of the decoder.
+    """Trace one phase of the decoder; threads take turns.
 
     Args:
         config: A supported configuration.
@@ -52,7 +55,7 @@ def trace(config: ModelConfig, phase: Phase, *, tied: bool, max_context: int) ->
         are small constants of the graph itself. Names of the others are the decoder's parameter
         names.
     """
-    with FakeTensorMode(), torch.no_grad(), _quiet():
+    with _ONE_AT_A_TIME, FakeTensorMode(), torch.no_grad(), _quiet():
         decoder = Decoder(config, tied=tied, max_context=max_context).eval()
         args, dynamic_shapes = _example(config, phase)
         exported = torch.export.export(decoder, args, dynamic_shapes=dynamic_shapes, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -27,8 +28,7 @@ PROFILES = {
 
 @pytest.fixture(scope="module")
 def trt() -> ModuleType:
-    module: ModuleType = pytest.importorskip("tensorrt_rtx_bindings")
-    return module
+    return importlib.import_module("tensorrt_rtx_bindings")
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,44 @@ def test_the_tracers_symbols_get_the_names_users_know():
     ]
 
 
+def counted(x: ir.Value, axis: int, step: int = 1) -> list[ir.Node]:
+    """Range(0, size of x along an axis, step), its length invented by shape inference."""
+    shape = value(f"shape{axis}", [1], INT64)
+    limit = value(f"limit{axis}", [], INT64)
+    start, by = (
+        ir.val(f"{n}{axis}", const_value=ir.tensor(np.array(n, np.int64))) for n in (0, step)
+    )
+    return [
+        node("Shape", [x], shape, start=axis, end=axis + 1),
+        node("Squeeze", [shape], limit),
+        node("Range", [start, limit, by], value(f"range{axis}", [f"unk__{axis}"], INT64)),
+    ]
+
+
+def test_sizes_that_inference_invents_are_named_after_what_they_count():
+    x = value("x", ["batch", "sequence", 8])
+    width = ir.val("width", const_value=ir.tensor(np.array([-1, 8], np.int64)))
+    rows, negated = value("rows", ["unk__7", 8]), value("negated", ["unk__7", 8])
+    nodes = [node("Reshape", [x, width], rows), node("Neg", [rows], negated)]
+    graph = model([x], [negated], [*counted(x, 0), *counted(x, 1), *nodes])
+    passes.name_derived_dimensions(graph)
+    shapes = {out.name: str(out.shape) for each in graph.graph for out in each.outputs}
+    assert shapes["range0"] == "[batch]"
+    assert shapes["range1"] == "[sequence]"
+    assert shapes["rows"] == shapes["negated"] == "[batch*sequence,8]"
+
+
+def test_sizes_that_cannot_be_followed_keep_their_invented_names():
+    x = value("x", ["batch", "sequence", 8])
+    narrow = ir.val("narrow", const_value=ir.tensor(np.array([-1, 4], np.int64)))
+    rows = value("rows", ["unk__7", 4])
+    graph = model([x], [rows], [*counted(x, 1, step=2), node("Reshape", [x, narrow], rows)])
+    passes.name_derived_dimensions(graph)
+    shapes = {out.name: str(out.shape) for each in graph.graph for out in each.outputs}
+    assert shapes["range1"] == "[unk__1]"
+    assert shapes["rows"] == "[unk__7,4]"
+
+
 # --- names --------------------------------------------------------------------------------------
 
 

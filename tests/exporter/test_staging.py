@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +23,12 @@ def bundle(folder: Path, content: str) -> Path:
     return folder
 
 
-def make(output: Path, content: str) -> None:
+def make(output: Path, content: str, *, overwrite: bool = True) -> None:
     with staging_folder(output) as folder:
         (folder / "manifest.json").write_text(content)
         (folder / "deep").mkdir()
         (folder / "deep" / "file").write_text(content)
-        install(folder, output)
+        install(folder, output, overwrite=overwrite)
 
 
 def names(folder: Path) -> list[str]:
@@ -121,6 +122,86 @@ def test_overwrite_refuses_what_is_no_bundle(tmp_path, kind):
     assert names(tmp_path) == ["precious"]
 
 
+# --- outputs that appear during a build ---------------------------------------------------------
+
+
+@pytest.fixture(params=["atomic", "plain rename"])
+def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system's exclusive rename and without."""
+    if request.param != "atomic":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("renaming")
+def test_an_output_that_appears_during_the_build_is_kept(tmp_path):
+    output = tmp_path / "out"
+
+    def build() -> None:
+        with staging_folder(output) as folder:
+            bundle(folder / "deep", "ours")
+            bundle(output, "theirs")
+            install(folder, output, overwrite=False)
+
+    with pytest.raises(OutputError, match="out exists; choose another --output") as caught:
+        build()
+    assert caught.value.path == output
+    assert names(tmp_path) == ["out"]
+    assert (output / "manifest.json").read_text() == "theirs"
+
+
+@pytest.mark.usefixtures("renaming")
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_output_that_appears_after_the_last_check_is_kept(tmp_path, monkeypatch, kind):
+    output = tmp_path / "out"
+    checks = []
+
+    def check(path: Path, *, overwrite: bool) -> None:
+        checks.append(path)
+        require_absent(path, overwrite=overwrite)
+
+    exists = Path.exists
+
+    def appear(path: Path) -> bool:
+        found = exists(path)
+        if path == output and not found and checks:
+            bundle(output, "theirs") if kind == "folder" else output.write_text("theirs")
+        return found
+
+    # A check that finds nothing is followed by the other's output at once.
+    monkeypatch.setattr(staging, "require_absent", check)
+    monkeypatch.setattr(Path, "exists", appear)
+    with pytest.raises(OutputError, match="out exists; choose another --output"):
+        make(output, "ours", overwrite=False)
+    monkeypatch.undo()
+    assert len(checks) == 2
+    assert names(tmp_path) == ["out"]
+    theirs = output / "manifest.json" if kind == "folder" else output
+    assert theirs.read_text() == "theirs"
+
+
+@pytest.mark.usefixtures("renaming")
+def test_a_new_output_appears_under_a_name_that_is_free(tmp_path):
+    make(tmp_path / "out", "new", overwrite=False)
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_keeps_what_is_no_bundle_and_appears_during_the_build(tmp_path):
+    output = tmp_path / "precious"
+
+    def build() -> None:
+        with staging_folder(output) as folder:
+            bundle(folder / "deep", "ours")
+            output.mkdir()
+            (output / "thesis.txt").write_text("years of work")
+            install(folder, output, overwrite=True)
+
+    with pytest.raises(OutputError, match="precious exists and is not a bundle"):
+        build()
+    assert names(tmp_path) == ["precious"]
+    assert names(output) == ["thesis.txt"]
+
+
 # --- builds that die ----------------------------------------------------------------------------
 
 _HALF_A_BUILD = """
@@ -164,7 +245,7 @@ def test_a_killed_build_leaves_the_old_output_and_the_next_build_clears_up(tmp_p
 
 def test_a_running_build_and_other_outputs_are_left_alone(tmp_path):
     child, hidden = start_half_a_build(tmp_path / "out")
-    others = [f".other.building-{child.pid}", ".out.building-x", f"out.building-{child.pid}"]
+    others = [hidden.replace(".out", ".other"), ".out.building-x", hidden.removeprefix(".")]
     for name in others:
         (tmp_path / name).mkdir()
     try:
@@ -174,8 +255,19 @@ def test_a_running_build_and_other_outputs_are_left_alone(tmp_path):
         kill(child)
 
 
-def test_a_folder_left_under_this_process_id_is_cleared(tmp_path):
-    leftover = tmp_path / f".out.building-{os.getpid()}"
+def test_builds_of_one_process_leave_each_other_alone(tmp_path):
+    with staging_folder(tmp_path / "out") as first:
+        (first / "half").write_text("half")
+        thread = threading.Thread(target=make, args=(tmp_path / "out", "second"))
+        thread.start()
+        thread.join(timeout=30)
+        assert names(tmp_path) == [first.name, "out"]
+        assert names(first) == ["half"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_left_by_a_dead_process_of_this_process_id_is_cleared(tmp_path):
+    leftover = tmp_path / f".out.building-{os.getpid()}-0123abcd-1"
     leftover.mkdir()
     (leftover / "half").write_text("half")
     with staging_folder(tmp_path / "out") as folder:

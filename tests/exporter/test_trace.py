@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -103,6 +105,28 @@ def test_inputs_and_outputs_are_named_as_designed():
         "past_key_values.0.value",
     ]
     assert output_names(1) == ["logits", "present.0.key", "present.0.value"]
+
+
+def test_threads_trace_one_after_the_other(monkeypatch):
+    inside: list[int] = []
+    most = []
+
+    def example(*_):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("qwen_export.trace._example", example)
+
+    def run(_):
+        with pytest.raises(RuntimeError, match="enough"):
+            trace(config("qwen2_tied"), "decode", tied=True, max_context=MAX_CONTEXT)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    assert most == [1, 1, 1]
 
 
 _MEASURE = """

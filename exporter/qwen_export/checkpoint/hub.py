@@ -49,7 +49,7 @@ def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:
         revision: A branch, tag or commit; None is the main branch.
 
     Returns:
-        The folder in the cache.
+        The folder in the cache; its name is the commit that was fetched.
 
     Raises:
         CheckpointError: If the model or revision does not exist, is gated, or cannot be fetched.
@@ -76,8 +76,8 @@ def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:
 
 def _snapshot(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     # Imported here: it takes longer than the rest of the package, and a folder needs none of it.
-    import httpx2
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # made on access
 
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
@@ -100,19 +100,19 @@ def _snapshot(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
             f"{repo_id} cannot be fetched: the hub is out of reach and the cache does not hold it "
             "whole; go online or give a local folder"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, httpx2.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{repo_id} cannot be fetched from the hub: {reason}") from error
 
 
 def _refuse_other_formats(repo_id: str, folder: Path) -> None:
     """Name the weights that are there, where none can be read."""
-    import httpx2
     from huggingface_hub import HfApi, errors
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # made on access
 
     try:
         files = HfApi().list_repo_files(repo_id, revision=folder.name)
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError) as error:
         raise CheckpointError(f"{repo_id} holds no safetensors weights") from error
     others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf")))
     found = f"only {others[0]}" if others else "no weights"

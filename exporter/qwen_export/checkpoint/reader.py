@@ -37,6 +37,8 @@ class Checkpoint:
 
     path: Path
     """The folder."""
+    revision: str | None
+    """Commit of the hub that was opened; None for a local folder."""
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     """What the weights files hold, by name."""
@@ -120,7 +122,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
             contradicts another.
         UnsupportedModelError: If it is of a kind that is not supported.
     """
-    folder = _locate(model, revision)
+    folder, commit = _locate(model, revision)
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise CheckpointError(
@@ -131,6 +133,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     tensors = {name: info for file in files.values() for name, info in file.tensors.items()}
     return Checkpoint(
         path=folder,
+        revision=commit,
         config=config,
         tensors=tensors,
         harmless=check_tensors(config, tensors),
@@ -139,7 +142,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     )
 
 
-def _locate(model: str | Path, revision: str | None) -> Path:
+def _locate(model: str | Path, revision: str | None) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, and the commit it is of."""
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -147,13 +151,14 @@ def _locate(model: str | Path, revision: str | None) -> Path:
                 f"revision {revision!r} is for hub ids, but {path} is a local folder; leave it out",
                 path=path,
             )
-        return path
+        return path, None
     if path.exists():
         raise CheckpointError(
             f"{path} is a file; give the folder that holds config.json", path=path
         )
     if isinstance(model, str) and is_hub_id(model):
-        return download_checkpoint(model, revision=revision)
+        folder = download_checkpoint(model, revision=revision)
+        return folder, folder.name
     raise CheckpointError(
         f"{model} does not exist, and is not a hub id of the form owner/name", path=path
     )

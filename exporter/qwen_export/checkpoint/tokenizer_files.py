@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ __all__ = ["TokenizerFiles", "read_tokenizer_files"]
 
 # transformers writes 1e30 where there is no limit.
 _NO_LIMIT = 10**20
+# A template's name becomes a file name of the bundle.
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _QWEN_CLASS = "Qwen2Tokenizer"
 # Classes that take tokenizer.json as it stands. LlamaTokenizer is what some derived models name
 # for a tokenizer.json of Qwen's byte-level kind; transformers then takes the file as well.
@@ -139,7 +142,7 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any], path: Path) -> di
     if default.is_file():
         templates["default"] = read_text(default)
     for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        templates[file.stem] = read_text(file)
+        templates[_template_name(file.stem, file)] = read_text(file)
     if templates:
         return templates
     given = settings.get("chat_template")
@@ -157,5 +160,15 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any], path: Path) -> di
                 f"template, got {type(given).__name__}",
                 path=path,
             )
-        templates[entry["name"]] = entry["template"]
+        templates[_template_name(entry["name"], path)] = entry["template"]
     return templates
+
+
+def _template_name(name: str, path: Path) -> str:
+    if not _TEMPLATE_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{path}: the name of a chat template must be letters, digits, '_', '-' and '.', and "
+            f"begin with none of the last two, got {name!r}; rename it",
+            path=path,
+        )
+    return name

@@ -147,7 +147,7 @@ def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool)
         )
     checkpoint = open_checkpoint(
         model or (embedded_model() if source == EMBEDDED_MODEL else source),
-        revision=revision or opened.manifest.revision,
+        revision=revision or (opened.manifest.revision if model is None else None),
     )
     report = verify_parity(opened, checkpoint, progress=console_progress)
     if as_json:

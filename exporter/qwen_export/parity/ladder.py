@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -163,14 +164,16 @@ def _run_bundle(
     progress: Progress,
 ) -> tuple[list[IntArray], list[Invariant]]:
     # One after the other: each holds its own packed copy of the weights.
-    with progress("Running prefill", 4) as advance:
-        runner = OnnxRuntimeRunner(bundle)
+    with (
+        progress("Running prefill", 4) as advance,
+        closing(OnnxRuntimeRunner(bundle)) as runner,
+    ):
         answers, invariants = prefill_cases(runner, prompts, seen, advance)
-        runner.close()
-    with progress("Running decode", 2) as advance:
-        runner = OnnxRuntimeRunner(bundle, decode_graph=True)
+    with (
+        progress("Running decode", 2) as advance,
+        closing(OnnxRuntimeRunner(bundle, decode_graph=True)) as runner,
+    ):
         invariants += decode_cases(runner, prompts, answers, control, seen, advance)
-        runner.close()
     return answers, invariants
 
 

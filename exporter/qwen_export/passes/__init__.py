@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qwen_export.passes.constants import share_constants
-from qwen_export.passes.dimensions import name_dimensions
+from qwen_export.passes.dimensions import name_derived_dimensions, name_dimensions
 from qwen_export.passes.functions import define_cached_attention
 from qwen_export.passes.names import name_after_modules
 
@@ -15,6 +15,7 @@ __all__ = [
     "define_cached_attention",
     "infer_shapes",
     "name_after_modules",
+    "name_derived_dimensions",
     "name_dimensions",
     "share_constants",
 ]
@@ -42,6 +43,7 @@ def infer_shapes(model: ir.Model) -> None:
         AssertionError: If a value is left without a shape; the reason has been logged.
     """
     common.ShapeInferencePass(check_type=True, strict_mode=True, data_prop=True)(model)
+    name_derived_dimensions(model)
     for node in model.graph:
         for value in node.outputs:
             if value.shape is None or value.type is None:

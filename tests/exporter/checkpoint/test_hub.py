@@ -30,7 +30,8 @@ for model, revision in json.loads(sys.argv[1]):
         checkpoint = open_checkpoint(model, revision=revision)
         files = sorted(p.relative_to(checkpoint.path).as_posix()
                        for p in checkpoint.path.rglob("*") if p.is_file())
-        result = {"files": files, "sum": float(checkpoint.read("model.norm.weight").sum())}
+        result = {"files": files, "sum": float(checkpoint.read("model.norm.weight").sum()),
+                  "revision": checkpoint.revision}
     except ExportError as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(result))
@@ -174,6 +175,7 @@ def test_hub_models_are_fetched_with_the_needed_files_only(hub: FakeHub, tmp_pat
     assert hub.fetched("acme/qwen2_untied") == set(expected)
     shards = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)}
     assert shards < set(sharded["files"])
+    assert single["revision"] == sharded["revision"] == COMMIT
     assert single["sum"] != 0
     assert sharded["sum"] != 0
 

@@ -291,6 +291,22 @@ def test_chat_templates_come_from_files_before_settings(kind: str, tmp_path: Pat
     assert (theirs if isinstance(theirs, dict) else {"default": theirs}) == expected
 
 
+@pytest.mark.parametrize("name", ["../../../evil", "/evil", "..", "-o", "a/b", "a\\b", "a\n", ""])
+def test_template_name_that_is_no_plain_file_name_is_refused(name: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, edit=sets(chat_template=[{"name": name, "template": "a"}]))
+    with pytest.raises(CheckpointError, match="the name of a chat template must be") as caught:
+        read_tokenizer_files(folder, config())
+    assert (caught.value.path, f"got {name!r}" in str(caught.value)) == (folder / SETTINGS, True)
+
+
+def test_template_file_with_a_name_that_is_no_plain_one_is_refused(tmp_path: Path) -> None:
+    file = make(tmp_path) / "additional_chat_templates" / ".hidden.jinja"
+    file.parent.mkdir()
+    file.write_text("r")
+    with pytest.raises(CheckpointError, match=r"\.hidden\.jinja: the name of .*got '\.hidden'"):
+        read_tokenizer_files(tmp_path, config())
+
+
 def test_checkpoint_without_chat_template_has_none(tmp_path: Path) -> None:
     files = read_tokenizer_files(make(tmp_path, edit=sets(chat_template=None)), config())
     assert files is not None
