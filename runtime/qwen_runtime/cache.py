@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -62,33 +63,52 @@ class KVCache:
     def reserve(self, slots: int, capacity: int) -> bool:
         """Make room for so many slots and tokens, keeping contents.
 
+        Where no slot holds a token and the buffers are more than twice what is asked for, they
+        give way to smaller ones.
+
         Returns:
             Whether buffers were replaced, so that bindings to them are void.
 
         Raises:
-            CapacityError: If ``capacity`` is more than ``max_context``.
+            CapacityError: If ``capacity`` is more than ``max_context``, or there is not enough
+                memory; everything is as before then.
         """
         if capacity > self.max_context:
             raise CapacityError(
                 f"a row must have at most {self.max_context} tokens (the bundle's max_context), "
                 f"got {capacity}; shorten it, or rebuild the bundle with a larger --max-context"
             )
-        slots = max(slots, self.num_slots)
-        rounded = min(-(-capacity // GROWTH_STEP) * GROWTH_STEP, self.max_context)
-        capacity = max(rounded, self.capacity)
+        capacity = min(-(-capacity // GROWTH_STEP) * GROWTH_STEP, self.max_context)
+        holds = bool(self._lengths.any())
+        if holds or self.num_slots * self.capacity <= 2 * slots * capacity:
+            slots, capacity = max(slots, self.num_slots), max(capacity, self.capacity)
         if (slots, capacity) == (self.num_slots, self.capacity):
             return False
-        shape = (slots, self._heads, capacity, self._head_dim)
-        for name in self.names:
-            # One buffer at a time, so that growing needs room for one more buffer, not twice all.
-            buffer = np.zeros(shape, self.dtype)
-            if name in self._buffers:
-                buffer[: self.num_slots, :, : self.capacity] = self._buffers[name]
-            self._buffers[name] = buffer
+        buffers = self._zeros(slots, capacity)
         lengths = np.zeros(slots, np.int64)
-        lengths[: self.num_slots] = self._lengths
-        self._lengths, self.num_slots, self.capacity = lengths, slots, capacity
+        try:
+            # Memory is taken when a buffer is written: growing takes one buffer more, not all.
+            for name, old in self._buffers.items() if holds else ():
+                lengths[: self.num_slots] = self._lengths
+                buffers[name][: self.num_slots, :, : self.capacity] = old
+                self._buffers[name] = buffers[name]
+        except BaseException:
+            self.clear()  # buffers of two sizes are of no use
+            raise
+        self._buffers, self._lengths = buffers, lengths
+        self.num_slots, self.capacity = slots, capacity
         return True
+
+    def _zeros(self, slots: int, capacity: int) -> dict[str, npt.NDArray[np.generic]]:
+        shape = (slots, self._heads, capacity, self._head_dim)
+        try:
+            return {name: np.zeros(shape, self.dtype) for name in self.names}
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            size = len(self.names) * math.prod(shape) * self.dtype.itemsize
+            raise CapacityError(
+                f"{slots} rows of {capacity} tokens need {size} bytes of KV cache, which is more "
+                "than there is memory for; ask for fewer rows or shorter ones"
+            ) from error
 
     def copy(self, src: int, dst: int, length: int) -> None:
         """Make slot ``dst`` hold the first ``length`` tokens of slot ``src``."""

@@ -167,6 +167,12 @@ def check_resolved(resolved: ResolvedConfig, *, vocab_size: int, has_tokenizer: 
             "set both",
             param="top_logprobs",
         )
+    if resolved.top_logprobs > vocab_size:
+        raise RequestError(
+            f"top_logprobs must be at most {vocab_size} (the vocabulary), got "
+            f"{resolved.top_logprobs}; lower it",
+            param="top_logprobs",
+        )
     for name in ("stop_strings", "stop"):
         if getattr(resolved, name) and not has_tokenizer:
             raise RequestError(

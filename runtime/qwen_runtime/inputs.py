@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_runtime.errors import RequestError
 from qwen_runtime.text import ChatTemplate, Tokenizer
+from qwen_runtime.text.template_data import plain_data
 
 __all__ = ["Message", "PromptReader"]
 
@@ -126,6 +127,9 @@ class PromptReader:
                 "messages need a chat template, but this bundle has none; pass text or token ids",
                 param="prompt",
             )
+        for index, message in enumerate(messages):
+            # A template would see a placeholder such as "<bytes>", and answer it.
+            plain_data(message, refuse_in=f"message {index}")
         extra = {"add_generation_prompt": True} | dict(template_kwargs or {})
         if extra.get("continue_final_message"):
             extra["add_generation_prompt"] = False

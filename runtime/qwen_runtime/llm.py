@@ -16,7 +16,7 @@ import numpy.typing as npt
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine import EngineDriver, Model
-from qwen_runtime.errors import RequestError
+from qwen_runtime.errors import CapacityError, RequestError
 from qwen_runtime.generation.base import IntArray
 from qwen_runtime.generation.modes import Call, Draft, Machine, Modes, draft_settings
 from qwen_runtime.generation.rows import TokenStreamer
@@ -160,6 +160,7 @@ class LLM:
             CapacityError: If prompt and new tokens do not fit.
             BackendError: If the engine fails.
         """
+        _check_cancel(cancel)
         call = self._call(
             generation_config,
             kwargs,
@@ -249,12 +250,14 @@ class LLM:
                     f"stream gives one sequence as it grows, got {name}={number}; use generate",
                     param=name,
                 )
+        _check_cancel(cancel)
         cancel = cancel or threading.Event()
         return TextStream(
             machine.generation,
             self.tokenizer,
             lambda: self._engine.run(machine.decoding, _lent(machine, assistant_model), cancel),
             cancel,
+            self._engine.settle,
         )
 
     def encode(
@@ -349,8 +352,27 @@ class LLM:
     def _run(
         self, machines: Sequence[Machine], assistant: LLM | None, cancel: threading.Event | None
     ) -> None:
-        self._engine.drain(
-            [machine.decoding for machine in machines], _lent(machines[0], assistant), cancel
+        try:
+            self._engine.drain(
+                [machine.decoding for machine in machines], _lent(machines[0], assistant), cancel
+            )
+        except CapacityError as error:
+            # Lengths were checked before, so it is about the number of rows.
+            if error.param is None:
+                error.param = _setting_of_rows(machines[0])
+            raise
+
+
+def _setting_of_rows(machine: Machine) -> str | None:
+    """The setting that makes several rows of one prompt."""
+    names = ("num_beams", "num_return_sequences")
+    return next((n for n in names if getattr(machine.generation.config, n) > 1), None)
+
+
+def _check_cancel(cancel: object) -> None:
+    if cancel is not None and not isinstance(cancel, threading.Event):
+        raise RequestError(
+            f"cancel must be a threading.Event, got {type(cancel).__name__}", param="cancel"
         )
 
 

@@ -35,6 +35,7 @@ class TextStream:
         tokenizer: Tokenizer | None,
         run: Callable[[], Iterator[None]],
         cancel: threading.Event,
+        settle: Callable[[], None],
     ) -> None:
         if tokenizer is None:
             raise RequestError(
@@ -43,6 +44,7 @@ class TextStream:
             )
         self._decoding = decoding
         self._cancel = cancel
+        self._settle = settle
         self._tokenizer = tokenizer
         self._pieces = _read(decoding, self._make_detokenizer(), run())
 
@@ -74,6 +76,7 @@ class TextStream:
     def close(self) -> None:
         """Cancel what has not been generated; for the thread that reads the stream."""
         self._pieces.close()
+        self._settle()
         if not self._decoding.finished:
             self._decoding.cancel()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -61,10 +63,52 @@ def test_growing_in_both_directions_keeps_contents_and_lengths() -> None:
 def test_asking_for_less_changes_nothing() -> None:
     cache = make()
     cache.reserve(3, 300)
+    cache.lengths[1] = 4
     addresses = [view.ctypes.data for _, view in cache.rows(0, 3)]
 
     assert not cache.reserve(1, 1)
     assert [view.ctypes.data for _, view in cache.rows(0, 3)] == addresses
+
+
+def test_cache_that_holds_nothing_shrinks_to_what_is_asked_for() -> None:
+    cache = make()
+    cache.reserve(3, 1000)
+    fill(cache)
+
+    assert not cache.reserve(2, 900), "not much smaller"
+    assert cache.reserve(1, 300)
+    assert (cache.num_slots, cache.capacity, cache.lengths.tolist()) == (1, 512, [0])
+    assert not any(view.any() for _, view in cache.rows(0, 1))
+
+
+def test_cache_is_as_before_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make()
+    cache.reserve(2, 10)
+    before = fill(cache)
+    cache.lengths[:] = [7, 3]
+    places = [view.ctypes.data for _, view in cache.rows(0, 2)]
+    zeros, calls = np.zeros, 0
+
+    def full(*arguments: Any) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return zeros(*arguments)
+
+    monkeypatch.setattr("qwen_runtime.cache.np.zeros", full)
+
+    with pytest.raises(CapacityError, match="5 rows of 512 tokens need 163840 bytes"):
+        cache.reserve(5, 300)
+    assert (cache.num_slots, cache.capacity, cache.lengths.tolist()) == (2, 256, [7, 3])
+    assert [view.ctypes.data for _, view in cache.rows(0, 2)] == places
+    for name, view in cache.rows(0, 2):
+        np.testing.assert_array_equal(view, before[name])
+
+
+def test_more_than_can_be_addressed_is_too_much_memory() -> None:
+    with pytest.raises(CapacityError, match="rows of 256 tokens need"):
+        make().reserve(2**60, 1)
 
 
 def test_rows_are_contiguous_views() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_runtime import LLM, BackendError
+from qwen_runtime import LLM, BackendError, CapacityError
 from qwen_runtime.backends.base import Limits
 from qwen_runtime.engine import Engine
 from qwen_runtime.generation.base import Feed, RowCopy, Step
@@ -85,7 +86,6 @@ class Machine:
 
     def __init__(self, rows: int, prompt: list[int], steps: int) -> None:
         self.num_rows = rows
-        self.max_tokens = len(prompt) + steps
         self.prompt, self.steps = prompt, steps
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.finished = False
@@ -124,6 +124,58 @@ def expected(machine: Machine) -> list[list[int]]:
             total += tokens[-1]
         rows.append(tokens)
     return rows
+
+
+class FullRunner(CountingRunner):
+    """Has room for four slots."""
+
+    def allocate(self, slots: int, capacity: int) -> None:
+        if slots > 4:
+            raise CapacityError(f"{slots} slots")
+        super().allocate(slots, capacity)
+
+
+def test_request_that_is_too_large_fails_alone_and_later_ones_run() -> None:
+    engine = Engine(FullRunner())
+    small, large, other = (engine.submit(Machine(rows, [1, 2], 3)) for rows in (1, 50, 2))
+    while engine.num_requests:
+        engine.step()
+    later = engine.submit(Machine(4, [3], 2))
+    while engine.num_requests:
+        engine.step()
+
+    assert isinstance(large.error, CapacityError)
+    assert engine.num_used_slots == 0
+    for request in (small, other, later):
+        assert request.error is None
+        assert request.decoding.tokens == expected(request.decoding)
+
+
+def test_model_goes_on_after_a_search_that_no_memory_is_enough_for(tiny_llm: LLM) -> None:
+    before = tiny_llm.generate(PROMPT, max_new_tokens=3)
+
+    for name in ("num_beams", "num_return_sequences"):
+        with (
+            memory_for(100),
+            pytest.raises(CapacityError, match=r"1000 rows of 64 tokens need .* bytes") as error,
+        ):
+            tiny_llm.generate(PROMPT, max_new_tokens=3, do_sample=True, **{name: 1000})
+        assert error.value.param == name
+        assert tiny_llm.generate(PROMPT, max_new_tokens=3) == before
+
+
+@contextmanager
+def memory_for(slots: int) -> Iterator[None]:
+    """As if no cache buffer of more slots could be had."""
+
+    def zeros(shape: Any, dtype: Any = float) -> np.ndarray:
+        if isinstance(shape, tuple) and len(shape) == 4 and shape[0] > slots:
+            raise MemoryError
+        return np.empty(shape, dtype) * 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen_runtime.cache.np.zeros", zeros)
+        yield
 
 
 scripts = st.lists(
@@ -295,6 +347,77 @@ def test_interruption_passes_through_and_frees_everything(
     assert tiny_llm._engine.num_requests == 0
     assert tiny_llm._engine.model.num_used_slots == 0
     assert tiny_llm.generate(prompts, max_new_tokens=6) == before
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["processor", "streamer"])
+def test_interruption_by_a_callback_reaches_its_own_request_only(
+    interruption: type[BaseException], where: str
+) -> None:
+    class Interrupting(Machine):
+        def next_step(self) -> Step:
+            if where == "streamer" and len(self.tokens[0]) == 2:
+                raise interruption
+            return super().next_step()
+
+        def accept(self, logits: Any) -> None:
+            if where == "processor" and len(self.tokens[0]) == 2:
+                raise interruption
+            super().accept(logits)
+
+    engine = Engine(CountingRunner())
+    bad = engine.submit(Interrupting(1, [1, 2], 5))
+    good = engine.submit(Machine(2, [3], 6))
+    while engine.num_requests:
+        engine.step()
+
+    assert isinstance(bad.error, interruption)
+    assert good.decoding.tokens == expected(good.decoding)
+    assert engine.num_used_slots == 0
+
+
+def test_step_interrupted_before_its_logits_are_handed_over_is_completed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = Engine(CountingRunner())
+    request = engine.submit(Machine(2, [1, 2], 5))
+    engine.step()
+    deliver = engine._deliver_completed
+
+    def interrupted() -> None:
+        monkeypatch.setattr(engine, "_deliver_completed", deliver)
+        if engine._scheduler.completed:
+            raise KeyboardInterrupt
+        monkeypatch.setattr(engine, "_deliver_completed", interrupted)
+
+    monkeypatch.setattr(engine, "_deliver_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    for _ in range(20):
+        engine.step()
+
+    assert request.done.is_set()
+    assert request.decoding.tokens == expected(request.decoding)
+
+
+def test_interruption_while_requests_are_queued_leaves_none(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = tiny_llm._engine._engine._scheduler
+    add, calls = scheduler.add, 0
+
+    def interrupted(request: Any) -> None:
+        nonlocal calls
+        calls += 1
+        add(request)
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "add", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_llm.generate([PROMPT, PROMPT, PROMPT], max_new_tokens=3)
+    assert tiny_llm._engine.num_requests == 0
 
 
 def test_interruption_of_one_thread_leaves_the_others_their_answers(

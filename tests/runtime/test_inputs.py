@@ -379,3 +379,13 @@ def test_settings_object_is_not_changed_by_a_call(text_llm: LLM) -> None:
     text_llm.generate("Hello", settings, max_new_tokens=2)
 
     assert settings == copy
+
+
+@pytest.mark.parametrize("content", [b"hello", {"hello"}, np.zeros(2)])
+def test_message_content_that_is_no_text_is_refused_by_its_type(
+    text_llm: LLM, content: object
+) -> None:
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": content}]
+    with pytest.raises(RequestError, match=f"message 1 .*got {type(content).__name__}") as caught:
+        text_llm.generate(messages, max_new_tokens=1)
+    assert caught.value.param == "messages"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_runtime import LLM, BackendError, GenerationConfig
+from qwen_runtime import LLM, BackendError, GenerationConfig, RequestError
 from qwen_runtime.generation_config import GenerationConfigWarning
 
 PROMPT = [5, 17, 99, 42, 7]
@@ -330,3 +331,32 @@ def test_llm_is_a_context_manager(golden_bundle: Callable[[str], Path]) -> None:
         assert ids(llm, max_new_tokens=3) == GREEDY[:3]
     with pytest.raises(BackendError, match="the LLM is closed"):
         ids(llm, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("cancel", [True, False, "no", threading.Event])
+def test_cancel_must_be_an_event(text_llm: LLM, cancel: Any) -> None:
+    name = type(cancel).__name__
+    for ask in (text_llm.generate, text_llm.stream):
+        with pytest.raises(RequestError, match=f"must be a threading.Event, got {name}") as error:
+            ask("Hello", max_new_tokens=2, cancel=cancel)
+        assert error.value.param == "cancel"
+    assert text_llm._engine.num_requests == 0
+
+
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_top_logprobs_above_the_vocabulary_are_refused_in_every_mode(
+    tiny_llm: LLM, mode: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError, match=r"at most 128 .the vocabulary., got 129") as error:
+        ids(tiny_llm, max_new_tokens=2, logprobs=True, top_logprobs=129, **mode)
+    assert error.value.param == "top_logprobs"
+
+
+def test_room_of_a_large_request_is_given_back_with_the_next_small_one(tiny_llm: LLM) -> None:
+    runner = tiny_llm._engine.model._runner
+    tiny_llm.generate([PROMPT] * 12, max_new_tokens=2)
+    assert runner.num_slots == 12
+
+    ids(tiny_llm, max_new_tokens=2)
+
+    assert runner.num_slots == 1

@@ -140,6 +140,35 @@ def test_chunked_prefill_of_several_rows_returns_each_rows_own_logits(
     assert all(close(ours, theirs) for ours, theirs in zip(chunked, expected, strict=True))
 
 
+def calls_of(runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Slots of every call that is made from now on, first and one past the last."""
+    calls: list[tuple[int, int]] = []
+    bind = backend._bind_cache
+
+    def watch(io: object, cache: cache_module.KVCache, first: int, last: int) -> None:
+        calls.append((first, last))
+        bind(io, cache, first, last)
+
+    runner._bindings.clear()
+    monkeypatch.setattr(backend, "_bind_cache", watch)
+    return calls
+
+
+def test_prefill_runs_no_more_tokens_at_once_than_a_chunk(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [prompt(seed, 10) for seed in range(5)]
+    runner.allocate(5, 1)
+    together = runner.prefill(range(5), rows, [0] * 5, [1] * 5)
+    calls = calls_of(runner, monkeypatch)
+    monkeypatch.setattr(backend, "PREFILL_CHUNK", 24)
+
+    split = runner.prefill(range(5), rows, [0] * 5, [1] * 5)
+
+    assert calls == [(0, 2), (2, 4), (4, 5)]
+    np.testing.assert_array_equal(np.stack(split), np.stack(together))
+
+
 def test_prefill_after_a_reused_prefix_equals_recomputing_it(runner: OnnxRuntimeRunner) -> None:
     tokens = prompt(4, 15)
     expected = whole(runner, 0, tokens)
@@ -220,6 +249,44 @@ def test_idle_slots_are_left_as_they_were(runner: OnnxRuntimeRunner) -> None:
         runner.decode([0, 2], [4, 5])
 
     assert close(runner.decode([1], [9])[0], expected)
+
+
+def test_many_idle_slots_between_running_ones_do_not_run_along(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = backend.MAX_IDLE_ROWS + 1, 3 * backend.MAX_IDLE_ROWS
+    slots = [0, near, far]
+    runner.allocate(far + 1, 1)
+    runner.prefill(slots, [prompt(slot, 5) for slot in slots], [0] * 3, [1] * 3)
+    expected = [runner.decode([slot], [9])[0].copy() for slot in slots]
+    for slot in slots:
+        runner.truncate(slot, 5)
+    calls = calls_of(runner, monkeypatch)
+
+    together = runner.decode(slots, [9] * 3)
+
+    assert calls == [(0, near + 1), (far, far + 1)]
+    assert all(close(ours, theirs) for ours, theirs in zip(together, expected, strict=True))
+
+
+def test_failed_growth_leaves_bindings_that_work(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = prompt(3, 8)
+    expected = whole(runner, 0, tokens)
+    runner.truncate(0, 6)
+    steps = [runner.decode([0], [int(tokens[6])])[0].copy()]
+
+    def full(*_: object) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._cache, "_zeros", full)
+        with pytest.raises(KeyboardInterrupt):
+            runner.allocate(9, 1)
+    steps.append(runner.decode([0], [int(tokens[7])])[0])
+
+    assert close(np.stack(steps), expected[6:])
 
 
 def test_idle_slot_at_full_capacity_does_not_run_along(runner: OnnxRuntimeRunner) -> None:

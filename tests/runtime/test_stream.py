@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -244,3 +245,50 @@ def test_generate_is_cancelled_from_another_thread(text_llm: LLM) -> None:
 
     assert {output.finish_reason for output in outputs} == {"cancelled"}
     assert {len(output.token_ids) for output in outputs} == {5}
+
+
+@pytest.mark.parametrize("of_a_draft", [False, True])
+def test_stream_collected_inside_of_the_models_lock_does_not_wait_for_it(
+    text_llm: LLM, monkeypatch: pytest.MonkeyPatch, of_a_draft: bool
+) -> None:
+    expected = text_llm.generate("a", **GREEDY).text
+    forgotten: list[Any] = [text_llm.stream("Hello", **GREEDY)]
+    next(forgotten[0])
+    forgotten.append(forgotten)
+    runner = text_llm._engine.model._runner
+    truncate, texts = runner.truncate, []
+
+    def collecting(slot: int, length: int) -> None:
+        # In Model.release, outside of any step: the collector comes when it likes.
+        nonlocal forgotten
+        if slot == 1 and length == 0 < runner._cache.lengths[slot]:
+            forgotten = []
+            gc.collect()
+        truncate(slot, length)
+
+    def ask() -> None:
+        if of_a_draft:
+            with LLM(text_llm.bundle, threads=1) as larger:
+                texts.append(larger.generate("a", assistant_model=text_llm, **GREEDY).text)
+        else:
+            with text_llm.stream("a", **GREEDY) as other:
+                next(other)
+            texts.append(text_llm.generate("a", **GREEDY).text)
+
+    monkeypatch.setattr(runner, "truncate", collecting)
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+
+    assert texts == [expected]
+    text_llm.generate("a", **GREEDY)  # retires what was only marked
+
+
+def test_time_limit_begins_when_a_stream_is_first_read(text_llm: LLM) -> None:
+    stream = text_llm.stream("Hello", max_time=5.0, **GREEDY)
+    with pytest.MonkeyPatch.context() as patch:
+        later = time.monotonic() + 100
+        patch.setattr("qwen_runtime.generation.stopping.time.monotonic", lambda: later)
+        list(stream)
+
+    assert len(stream.token_ids) > 1

@@ -44,7 +44,11 @@ class ModelRunner(Protocol):
         """Tokens a slot can hold now; `grow` raises it."""
 
     def allocate(self, slots: int, capacity: int) -> None:
-        """Make room for at least so many slots of at least so many tokens, keeping contents."""
+        """Make room for at least so many slots of at least so many tokens, keeping contents.
+
+        Raises:
+            CapacityError: If there is not enough memory, or a slot would exceed ``limits``.
+        """
 
     def prefill(
         self,

@@ -21,7 +21,13 @@ from qwen_runtime.errors import BackendError, RequestError
 __all__ = ["OnnxRuntimeRunner"]
 
 PREFILL_CHUNK = 512
-"""Tokens of one call at most: bounds activation memory, costs nothing measurable in speed."""
+"""Tokens of one call at most, over all its rows: bounds activation memory, costs nothing measurable
+in speed."""
+
+MAX_IDLE_ROWS = 8
+"""Idle slots between running ones that run along; where more lie between them, two calls cost
+less. Measured on two cores: a call costs as much as 12 more rows with the shape of Qwen2.5-0.5B
+(4 layers: 22 ms and 1.8 ms), as much as 8 with the embedded model (1.6 ms and 0.2 ms)."""
 
 
 class OnnxRuntimeRunner:
@@ -87,8 +93,12 @@ class OnnxRuntimeRunner:
     def allocate(self, slots: int, capacity: int) -> None:
         """See `ModelRunner.allocate`."""
         self._require_open()
-        if self._cache.reserve(slots, capacity):
-            self._bindings.clear()
+        replaced = True
+        try:
+            replaced = self._cache.reserve(slots, capacity)
+        finally:
+            if replaced:
+                self._bindings.clear()
 
     def grow(self, capacity: int) -> None:
         """See `ModelRunner.grow`."""
@@ -112,8 +122,8 @@ class OnnxRuntimeRunner:
     ) -> list[FloatArray]:
         """See `ModelRunner.prefill`.
 
-        Rows of equal length in neighbouring slots share a call; others run one by one. No row is
-        padded: padding would cost time, and a row's numbers would depend on its neighbours.
+        Rows of equal length in neighbouring slots share a call, as far as PREFILL_CHUNK goes;
+        others run one by one. No row is padded: padding would cost time, and a row's numbers would depend on its neighbours.
         """
         self.grow(max(p + len(t) for p, t in zip(past, tokens, strict=True)))
         logits: list[FloatArray] = [_NO_LOGITS] * len(slots)
@@ -129,8 +139,8 @@ class OnnxRuntimeRunner:
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         """See `ModelRunner.decode`.
 
-        Neighbouring slots run in one call. An idle slot between them runs along and writes one
-        token after its length, which the next real token overwrites.
+        Neighbouring slots run in one call. A few idle slots between them run along and write one
+        token after their lengths, which the next real token overwrites.
         """
         self._require_open()
         lengths = self._cache.lengths
@@ -211,7 +221,7 @@ class OnnxRuntimeRunner:
         start = 0
         for i in range(1, len(ordered)):
             idle = lengths[ordered[i - 1] + 1 : ordered[i]]
-            if (idle >= capacity).any():
+            if len(idle) > MAX_IDLE_ROWS or (idle >= capacity).any():
                 yield start, i
                 start = i
         yield start, len(ordered)
@@ -257,12 +267,13 @@ def _bind_cache(io: Any, cache: KVCache, first: int, last: int) -> None:
 def _uniform_runs(
     slots: Sequence[int], tokens: Sequence[IntArray], want: Sequence[int]
 ) -> Iterator[list[int]]:
-    """Rows grouped so that a group has neighbouring slots, one length and one want."""
+    """Rows grouped so that a group has neighbouring slots, one length, one want and few tokens."""
     run: list[int] = []
     for row in sorted(range(len(slots)), key=slots.__getitem__):
         last = run[-1] if run else None
         if last is not None and (
             slots[row] != slots[last] + 1
+            or (len(run) + 1) * len(tokens[row]) > PREFILL_CHUNK
             or len(tokens[row]) != len(tokens[last])
             or want[row] != want[last]
         ):

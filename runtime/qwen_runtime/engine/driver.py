@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from qwen_runtime.backends.base import ModelRunner
 from qwen_runtime.engine.engine import Engine, Request
@@ -23,7 +24,7 @@ class EngineDriver:
 
     def __init__(self, runner: ModelRunner) -> None:
         self._engine = Engine(runner)
-        # Taken again by the same thread when a forgotten stream is collected inside a step.
+        # Taken again by a thread whose callback uses the engine inside of a step.
         self._lock = threading.RLock()
         self._busy = False
 
@@ -54,22 +55,20 @@ class EngineDriver:
             BackendError: If the engine fails, or is closed.
             Exception: What a caller's processor, criterion or streamer raised.
         """
-        with self._lock:
-            self._require_open()
-            requests = [self._engine.submit(decoding, draft=draft) for decoding in decodings]
+        requests = [Request(decoding, draft=draft) for decoding in decodings]
         try:
-            for request in requests:
-                while not request.done.is_set():
-                    with self._lock:
-                        _pass_on(cancel, requests)
-                        if not request.done.is_set():
-                            self._step()
+            self._submit(requests)
+            while not all(request.done.is_set() for request in requests):
+                with self._entered():
+                    _pass_on(cancel, requests)
+                    if not all(request.done.is_set() for request in requests):
+                        self._step()
+                _raise_first(requests)
+            _raise_first(requests)
         except BaseException:
             self._cancel(requests)
+            self.settle()
             raise
-        for request in requests:
-            if request.error is not None:
-                raise request.error
 
     def run(
         self,
@@ -87,13 +86,12 @@ class EngineDriver:
             nonlocal steps
             steps += 1
 
-        with self._lock:
-            self._require_open()
-            request = self._engine.submit(decoding, count, draft=draft)
+        request = Request(decoding, count, draft)
         seen = 0
         try:
+            self._submit([request])
             while not request.done.is_set():
-                with self._lock:
+                with self._entered():
                     _pass_on(cancel, [request])
                     if steps == seen and not request.done.is_set():
                         self._step()
@@ -101,34 +99,83 @@ class EngineDriver:
                     seen = steps
                     yield
         finally:
+            # The collector may have come here, in the middle of anything this thread does: it
+            # must neither wait nor touch an engine or a draft that is at work.
             self._cancel([request])
+            if not _thread.depth:
+                self._settle(wait=False)
         if request.error is not None:
             raise request.error
 
+    def settle(self) -> None:
+        """Finish cancelled requests and free their slots, unless a step around this call does."""
+        self._settle(wait=not _thread.depth)
+
     def close(self) -> None:
         """Release the runner; requests fail afterwards. Safe to call twice."""
-        with self._lock:
+        with self._entered():
             self._engine.model.close()
 
-    def _cancel(self, requests: Sequence[Request]) -> None:
-        with self._lock:
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Hold the lock, and let finalisers know that this thread is inside an engine."""
+        _thread.depth += 1
+        try:
+            with self._lock:
+                yield
+        finally:
+            _thread.depth -= 1
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        with self._entered():
+            if self._engine.model.closed:
+                raise BackendError("the LLM is closed; open the bundle again")
             for request in requests:
-                if not request.done.is_set():
-                    request.cancel()
-            if not self._busy:  # the step around this call retires them otherwise
-                self._engine.retire_cancelled()
+                self._engine.add(request)
+
+    @staticmethod
+    def _cancel(requests: Sequence[Request]) -> None:
+        for request in requests:
+            if not request.done.is_set():
+                request.cancel()
+
+    def _settle(self, *, wait: bool) -> None:
+        if not self._lock.acquire(blocking=wait):
+            return  # whoever steps retires them
+        _thread.depth += 1
+        try:
+            if not self._busy:
+                self._work(self._engine.retire_cancelled)
+        finally:
+            _thread.depth -= 1
+            self._lock.release()
 
     def _step(self) -> None:
-        self._busy = True
-        try:
-            self._engine.step()
-        finally:
-            self._busy = False
-        self._engine.retire_cancelled()
+        self._work(self._engine.step)
+        self._work(self._engine.retire_cancelled)
 
-    def _require_open(self) -> None:
-        if self._engine.model.closed:
-            raise BackendError("the LLM is closed; open the bundle again")
+    def _work(self, action: Callable[[], object]) -> None:
+        before, self._busy = self._busy, True
+        try:
+            action()
+        finally:
+            self._busy = before
+
+
+class _Thread(threading.local):
+    """What a thread is doing."""
+
+    depth = 0
+    """Engines it is inside of, one within the other."""
+
+
+_thread = _Thread()
+
+
+def _raise_first(requests: Sequence[Request]) -> None:
+    for request in requests:
+        if request.error is not None:
+            raise request.error
 
 
 def _pass_on(cancel: threading.Event | None, requests: Sequence[Request]) -> None:

@@ -54,7 +54,7 @@ class Request:
         """Finish within one step; may be called from any thread."""
         self._cancelled = True
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Take note of what stopped it; the engine retires it."""
         self.error = error
 
@@ -114,9 +114,13 @@ class Engine:
             draft: The model its draft steps run on; another engine's, or this one's.
         """
         request = Request(decoding, on_step, draft)
+        self.add(request)
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
         self._requests.append(request)
         self._scheduler.add(request)
-        return request
 
     def step(self) -> bool:
         """Run one prefill batch or one decode batch.
@@ -125,6 +129,8 @@ class Engine:
             False when there was nothing to run.
         """
         self.retire_cancelled()
+        # What a step that was interrupted left over; logits are valid until the next call.
+        self._deliver_completed()
         self._admit()
         batch = self._scheduler.schedule()
         self._retire_finished()
@@ -136,9 +142,12 @@ class Engine:
             for task in batch.tasks:
                 self._fail(task, error)
             return True
-        for task in batch.tasks:
-            if task.complete:
-                self._deliver(task)
+        except BaseException:
+            # An interruption is its thread's own matter: the call is made again by the next step.
+            for task, index, _ in batch.feeds:
+                task.logits[index] = None
+            raise
+        self._deliver_completed()
         self._retire_finished()
         return True
 
@@ -148,16 +157,27 @@ class Engine:
             return
         try:
             self.model.reserve()
-        except Exception as error:  # noqa: BLE001 - no memory, or closed: these requests must hear of it
+        except Exception:  # noqa: BLE001 - whatever it was, the requests hear of it below
             for request in admitted:
-                request.fail(error)
-            return
+                self._give_back(request)
+            # One by one, so that one that is too large fails alone.
+            for request in admitted:
+                request.slots = self.model.allocate(request.num_rows)
+                try:
+                    self.model.reserve()
+                except Exception as error:  # noqa: BLE001 - no memory, or closed
+                    self._give_back(request)
+                    request.fail(error)
         for request in admitted:
-            if request.draft is not None:
+            if request.draft is not None and request.error is None:
                 try:
                     request.draft_slots = request.draft.borrow(request.num_rows)
                 except Exception as error:  # noqa: BLE001 - as above, for the draft's cache
                     request.fail(error)
+
+    def _give_back(self, request: Request) -> None:
+        self.model.release(request.slots)
+        request.slots = []
 
     def _run(self, batch: Batch) -> None:
         rows = []
@@ -168,7 +188,7 @@ class Engine:
             copies = () if id(task) in copied else tuple(task.copies)
             copied.add(id(task))
             rows.append(RowFeed(slots, feed, copies))
-        model = batch.model if isinstance(batch.model, Model) else self.model
+        model = batch.model or self.model
         results = model.run(rows, decode=batch.decode)
         # Decode logits live in the runner's buffer until its next call. A task's decode feeds run
         # after its prefill feeds and all at once, so they are delivered before that.
@@ -177,15 +197,16 @@ class Engine:
             task.copies.clear()
             task.logits[index] = values
 
-    def _deliver(self, task: Task) -> None:
-        request = _request_of(task)
-        self._scheduler.advance(request)
-        try:
-            request.receive([values for values in task.logits if values is not None])
-        except Exception as error:  # noqa: BLE001 - a caller's processor or callback may raise anything
-            self._fail(task, error)
+    def _deliver_completed(self) -> None:
+        for task in self._scheduler.completed:
+            try:
+                request = _request_of(task)
+                request.receive([values for values in task.logits if values is not None])
+                self._scheduler.advance(request)
+            except BaseException as error:  # noqa: BLE001 - a caller's code: even SystemExit is its own
+                self._fail(task, error)
 
-    def _fail(self, task: Task, error: Exception) -> None:
+    def _fail(self, task: Task, error: BaseException) -> None:
         request = _request_of(task)
         request.fail(error)
         if request in self._requests:
@@ -196,7 +217,7 @@ class Engine:
         for request in [r for r in self._requests if r.cancelled]:
             try:
                 request.decoding.cancel()
-            except Exception as error:  # noqa: BLE001 - a caller's streamer may raise anything
+            except BaseException as error:  # noqa: BLE001 - a caller's streamer may raise anything
                 request.fail(error)
             self._retire(request)
 

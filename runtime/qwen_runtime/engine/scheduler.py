@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qwen_runtime.engine.models import Model
 from qwen_runtime.generation.base import Feed, FloatArray, RowCopy, Step
 
 __all__ = ["Batch", "Schedulable", "Scheduler", "SlotSource", "Task"]
@@ -36,13 +37,13 @@ class Schedulable(Protocol):
         """Whether it has nothing more to run."""
 
     @property
-    def draft(self) -> object | None:
+    def draft(self) -> Model | None:
         """The model that its steps for a draft run on."""
 
     def next_step(self) -> Step:
         """What it wants run next; asked once per step."""
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Take note that `next_step` raised; it is not scheduled again."""
 
 
@@ -61,7 +62,7 @@ class Task:
         return all(values is not None for values in self.logits)
 
     @property
-    def model(self) -> object | None:
+    def model(self) -> Model | None:
         """The draft model that it runs on; None for the engine's own."""
         return self.request.draft if self.step.on_draft else None
 
@@ -74,7 +75,7 @@ class Batch:
     """One token for every row, whose logits are wanted; else any number."""
     feeds: list[tuple[Task, int, Feed]]
     """Task, index of the feed in its step, and the feed."""
-    model: object | None = None
+    model: Model | None = None
     """The draft model to run it on; None for the engine's own."""
 
     @property
@@ -96,7 +97,7 @@ class Scheduler:
         self._waiting: deque[Schedulable] = deque()
         self._running: list[Schedulable] = []
         self._tasks: dict[int, Task] = {}
-        self._turns: list[object | None] = []
+        self._turns: list[Model | None] = []
 
     @property
     def num_waiting(self) -> int:
@@ -107,6 +108,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Requests that hold slots."""
         return len(self._running)
+
+    @property
+    def completed(self) -> list[Task]:
+        """Tasks all of whose feeds have run, and that `advance` has not been told of."""
+        return [task for task in self._tasks.values() if task.complete]
 
     def add(self, request: Schedulable) -> None:
         """Queue a request."""
@@ -129,8 +135,8 @@ class Scheduler:
             Of the model whose turn it is: all prefill feeds that are due, else all decode feeds.
             None if nothing is due.
         """
-        prefill: dict[object | None, list[tuple[Task, int, Feed]]] = {}
-        decode: dict[object | None, list[tuple[Task, int, Feed]]] = {}
+        prefill: dict[Model | None, list[tuple[Task, int, Feed]]] = {}
+        decode: dict[Model | None, list[tuple[Task, int, Feed]]] = {}
         for request in self._running:
             task = None if request.finished else self._task(request)
             if task is None:
@@ -159,7 +165,7 @@ class Scheduler:
         """Forget a request's completed step, so that its next one is asked for."""
         self._tasks.pop(id(request), None)
 
-    def _take_turn(self, due: list[object | None]) -> object | None:
+    def _take_turn(self, due: list[Model | None]) -> Model | None:
         """The model that ran longest ago of those with something to run."""
         waited = [model for model in self._turns if model in due]
         fresh = [model for model in due if model not in waited]
@@ -174,9 +180,9 @@ class Scheduler:
         if task is None:
             try:
                 step = request.next_step()
-            except Exception as error:  # noqa: BLE001 - a caller's streamer or processor may raise anything
+                task = Task(request, step, list(step.copies), [None] * len(step.feeds))
+                self._tasks[id(request)] = task
+            except BaseException as error:  # noqa: BLE001 - a caller's code: even SystemExit is its own
                 request.fail(error)
                 return None
-            task = Task(request, step, list(step.copies), [None] * len(step.feeds))
-            self._tasks[id(request)] = task
         return task

@@ -17,7 +17,7 @@ class SlotManager:
 
     @property
     def num_slots(self) -> int:
-        """Slots ever handed out at one time: what a runner must have allocated."""
+        """The highest slot in use and one: what a runner must have allocated."""
         return self._num_slots
 
     @property
@@ -44,4 +44,6 @@ class SlotManager:
         if not self._used.issuperset(slots) or len(set(slots)) != len(slots):
             raise AssertionError(f"released slots {list(slots)} of {sorted(self._used)} in use")
         self._used.difference_update(slots)
-        self._free = sorted([*self._free, *slots])
+        # Free slots at the end are forgotten: nobody has to have room for them any longer.
+        self._num_slots = max(self._used, default=-1) + 1
+        self._free = sorted(slot for slot in (*self._free, *slots) if slot < self._num_slots)

@@ -129,12 +129,6 @@ class AssistedDecoding:
         return 1
 
     @property
-    def max_tokens(self) -> int:
-        """See `Decoding.max_tokens`."""
-        # The last token is returned, never fed.
-        return self._prompts.longest + self.config.max_new_tokens - 1
-
-    @property
     def finished(self) -> bool:
         """Whether the row has ended."""
         return self._finished
@@ -193,8 +187,10 @@ class AssistedDecoding:
         self._finish()
 
     def _begin_round(self) -> None:
-        if self._length == self.config.prompt_length and self._streamer is not None:
-            self._streamer.put(self.input_ids)
+        if self._length == self.config.prompt_length:
+            self._stopping.start()
+            if self._streamer is not None:
+                self._streamer.put(self.input_ids)
         self._candidates, self._drafted = [], []
         # The check brings one token more than it is given.
         room = self.config.max_length - self._length - 1

@@ -18,7 +18,7 @@ __all__ = ["Decoding", "Feed", "FinishReason", "FloatArray", "IntArray", "RowCop
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 FinishReason = str
-"""Why a row ended: "stop", "length", "cancelled" or "error"."""
+"""Why a row ended: "stop", "length" or "cancelled"; a request that fails raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,6 @@ class Decoding(Protocol):
     @property
     def num_rows(self) -> int:
         """Cache rows the request needs for all its life; as many in a draft model, if it has one."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Most tokens that a row will hold."""
 
     @property
     def finished(self) -> bool:

@@ -16,16 +16,20 @@ from qwen_runtime.generation.base import Feed, FloatArray, IntArray, RowCopy, St
 from qwen_runtime.generation.guidance import Guidance
 from qwen_runtime.generation.hypotheses import Hypotheses
 from qwen_runtime.generation.prompts import PromptBatch
-from qwen_runtime.generation.rows import RowState, TokenLogprob, TokenStreamer, token_logprob
+from qwen_runtime.generation.rows import (
+    RowState,
+    TokenLogprob,
+    TokenStreamer,
+    make_generators,
+    token_logprob,
+)
 from qwen_runtime.generation.stopping import Stop, StoppingCriteria, StoppingCriterion
 from qwen_runtime.resolved_config import ResolvedConfig
 from qwen_runtime.sampling import (
     ProcessorCallable,
-    TokenGenerator,
     build_logits_processors,
     checked_probabilities,
     log_softmax,
-    make_generator,
 )
 from qwen_runtime.sampling.numerics import largest_first
 from qwen_runtime.text import Tokenizer
@@ -102,18 +106,12 @@ class BeamDecoding:
             if guidance is None
             else guidance.logits_of(0, self.num_rows),
         )
-        self._generators = self._make_generators()
+        self._generators = make_generators(config, len(prompts.tokens))
 
     @property
     def num_rows(self) -> int:
         """See `Decoding.num_rows`."""
         return len(self._cache_rows)
-
-    @property
-    def max_tokens(self) -> int:
-        """See `Decoding.max_tokens`."""
-        # The last token is returned, never fed.
-        return self._prompts.longest + self.config.max_new_tokens - 1
 
     @property
     def finished(self) -> bool:
@@ -154,6 +152,7 @@ class BeamDecoding:
         """See `Decoding.next_step`."""
         beams = self.config.num_beams
         if self._hypotheses.length == self.config.prompt_length:
+            self._stopping.start()
             self._held = [len(tokens) for tokens in self._prompts.tokens]
             feeds = [
                 Feed(item * beams, tokens, past=0, want=1)
@@ -260,13 +259,3 @@ class BeamDecoding:
             if self.config.logprobs:
                 sources = zip(self._logprobs, self.score_rows(row), state.token_ids, strict=False)
                 state.logprobs = [noted[beam, token] for noted, beam, token in sources]
-
-    def _make_generators(self) -> list[TokenGenerator] | None:
-        config, items = self.config, len(self._prompts.tokens)
-        if not config.do_sample:
-            return None
-        if config.rng == "torch":
-            return [make_generator("torch", config.seed)] * items
-        first = make_generator("default", config.seed)
-        seed = getattr(first, "seed", config.seed)
-        return [first, *(make_generator("default", seed, stream=i) for i in range(1, items))]

@@ -52,25 +52,18 @@ class GuidedDecoding:
     Args:
         inner: The state machine whose processors use ``guidance``.
         guidance: Where the unconditional logits go.
-        max_new_tokens: Most tokens that a row gets.
     """
 
-    def __init__(self, inner: Guidable, guidance: Guidance, max_new_tokens: int) -> None:
+    def __init__(self, inner: Guidable, guidance: Guidance) -> None:
         self._inner = inner
         self._guidance = guidance
         self._held = [0] * len(guidance.prompts)
         self._rows: list[int] = []
-        self._longest = max(len(prompt) for prompt in guidance.prompts) + max_new_tokens - 1
 
     @property
     def num_rows(self) -> int:
         """See `Decoding.num_rows`."""
         return self._inner.num_rows + len(self._held)
-
-    @property
-    def max_tokens(self) -> int:
-        """See `Decoding.max_tokens`."""
-        return max(self._inner.max_tokens, self._longest)
 
     @property
     def finished(self) -> bool:

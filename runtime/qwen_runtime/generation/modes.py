@@ -226,9 +226,7 @@ class Modes:
             return Machine(plain, plain, drafts=False)
         guidance = Guidance(self._unconditional(prompts, config, negative))
         guided = kind(prompts, config, guidance=guidance, **arguments)
-        return Machine(
-            guided, GuidedDecoding(guided, guidance, config.max_new_tokens), drafts=False
-        )
+        return Machine(guided, GuidedDecoding(guided, guidance), drafts=False)
 
     def _structured(self, config: ResolvedConfig) -> ProcessorCallable | None:
         """The mask of a structured output; None for free text."""

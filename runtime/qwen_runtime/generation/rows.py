@@ -11,8 +11,16 @@ import numpy as np
 from qwen_runtime.generation.base import Decoding, FloatArray, IntArray
 from qwen_runtime.generation.stopping import Stop
 from qwen_runtime.resolved_config import ResolvedConfig
+from qwen_runtime.sampling import TokenGenerator, make_generator
 
-__all__ = ["Generation", "RowState", "TokenLogprob", "TokenStreamer", "token_logprob"]
+__all__ = [
+    "Generation",
+    "RowState",
+    "TokenLogprob",
+    "TokenStreamer",
+    "make_generators",
+    "token_logprob",
+]
 
 
 class TokenStreamer(Protocol):
@@ -66,6 +74,20 @@ class Generation(Decoding, Protocol):
 
     def score_rows(self, row: int) -> Sequence[int]:
         """For every step, the row of ``scores`` and ``logits`` that belongs to a row."""
+
+
+def make_generators(config: ResolvedConfig, count: int) -> list[TokenGenerator] | None:
+    """One source of random numbers per row; None where nothing is drawn.
+
+    Rows share torch's one generator, as in transformers; ours is a stream of its own for each.
+    """
+    if not config.do_sample:
+        return None
+    if config.rng == "torch":
+        return [make_generator("torch", config.seed)] * count
+    first = make_generator("default", config.seed)
+    seed = getattr(first, "seed", config.seed)
+    return [first, *(make_generator("default", seed, stream=i) for i in range(1, count))]
 
 
 def token_logprob(logits: FloatArray, token: int, num_top: int) -> TokenLogprob:

@@ -15,17 +15,15 @@ from qwen_runtime.errors import RequestError
 from qwen_runtime.generation.base import Feed, FloatArray, IntArray, RowCopy, Step
 from qwen_runtime.generation.guidance import Guidance
 from qwen_runtime.generation.prompts import PromptBatch
-from qwen_runtime.generation.rows import RowState, TokenStreamer, token_logprob
+from qwen_runtime.generation.rows import RowState, TokenStreamer, make_generators, token_logprob
 from qwen_runtime.generation.stopping import Stop, StoppingCriteria, StoppingCriterion
 from qwen_runtime.resolved_config import ResolvedConfig
 from qwen_runtime.sampling import (
     LogitsProcessorList,
     ProcessorCallable,
-    TokenGenerator,
     TokenSelector,
     TorchGenerator,
     build_logits_processors,
-    make_generator,
     sample,
 )
 from qwen_runtime.text import Tokenizer
@@ -96,7 +94,7 @@ class SampleDecoding:
                 unconditional_logits=None if guidance is None else guidance.logits_of(first, last),
             )
 
-        self._generators = self._make_generators()
+        self._generators = make_generators(config, len(self.rows))
         self._joint = processors(0, len(self.rows)) if own and several else None
         self._selectors = (
             []
@@ -115,12 +113,6 @@ class SampleDecoding:
     def num_rows(self) -> int:
         """See `Decoding.num_rows`."""
         return len(self.rows)
-
-    @property
-    def max_tokens(self) -> int:
-        """See `Decoding.max_tokens`."""
-        # The last token is returned, never fed.
-        return self._prompts.longest + self.config.max_new_tokens - 1
 
     @property
     def input_ids(self) -> IntArray:
@@ -204,12 +196,6 @@ class SampleDecoding:
                 f"are run on, got {pad}; set another",
                 param="pad_token_id",
             )
-        if self.config.top_logprobs > vocab_size:
-            raise RequestError(
-                f"top_logprobs must be at most {vocab_size} (the vocabulary), got "
-                f"{self.config.top_logprobs}",
-                param="top_logprobs",
-            )
 
     def cancel(self) -> None:
         """See `Decoding.cancel`."""
@@ -218,6 +204,7 @@ class SampleDecoding:
         self._finish_if(True)
 
     def _first_step(self) -> Step:
+        self._stopping.start()
         if self._streamer is not None:
             self._streamer.put(self.input_ids)
         self._fed = list(range(0, len(self.rows), self._copies_per_prompt))
@@ -275,19 +262,6 @@ class SampleDecoding:
             self._finished = True
             if self._streamer is not None:
                 self._streamer.end()
-
-    def _make_generators(self) -> list[TokenGenerator] | None:
-        config = self.config
-        if not config.do_sample:
-            return None
-        if config.rng == "torch":
-            return [make_generator("torch", config.seed)] * len(self.rows)
-        first = make_generator("default", config.seed)
-        seed = getattr(first, "seed", config.seed)
-        return [
-            first if stream == 0 else make_generator("default", seed, stream=stream)
-            for stream in range(len(self.rows))
-        ]
 
     def _skip_draw(self, row: int) -> None:
         """Pass the numbers that torch draws for ended rows too, from one generator."""

@@ -52,7 +52,7 @@ class StoppingCriteria:
         self._config = config
         self._custom = tuple(custom)
         self._eos = frozenset(config.eos_token_ids)
-        self._started = time.monotonic()
+        self._started: float | None = None
         matchers = self._matchers(config, tokenizer)
         self._cursors = [
             [matcher.cursor(prompt.tolist()) for matcher in matchers] for prompt in prompts
@@ -64,6 +64,10 @@ class StoppingCriteria:
                     f"a stopping criterion must be callable, got {type(criterion).__name__}",
                     param="stopping_criteria",
                 )
+
+    def start(self) -> None:
+        """Let the time run that ``max_time`` limits: from the first step, not from the call."""
+        self._started = time.monotonic()
 
     @staticmethod
     def _matchers(config: ResolvedConfig, tokenizer: Tokenizer | None) -> list[StopStringMatcher]:
@@ -122,7 +126,9 @@ class StoppingCriteria:
     ) -> list[Stop | None]:
         config = self._config
         long = ids.shape[1] >= config.max_length
-        late = config.max_time is not None and time.monotonic() - self._started > config.max_time
+        late = False
+        if config.max_time is not None and self._started is not None:
+            late = time.monotonic() - self._started > config.max_time
         custom = self._ask(ids, scores)
         stops: list[Stop | None] = []
         for row, running in enumerate(alive):

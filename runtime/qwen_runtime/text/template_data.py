@@ -16,12 +16,19 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names under which APIs pass the reasoning of a message, the preferred one first."""
 
 
-def plain_data(value: Any) -> Any:
+def plain_data(value: Any, refuse_in: str | None = None) -> Any:
     """Copy a value into dicts, lists, tuples, strings, numbers, booleans and None.
 
     Templates come from strangers and a rich object may have methods that the sandbox knows
     nothing of. Dataclasses and pydantic models become dicts; anything else becomes a
-    placeholder such as ``"<ndarray>"``.
+    placeholder such as ``"<ndarray>"``, as in transformers.
+
+    Args:
+        value: What a caller passed.
+        refuse_in: Refuse instead of putting a placeholder; the words name the place.
+
+    Raises:
+        RequestError: If ``refuse_in`` is given and a value is none of these.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -29,18 +36,26 @@ def plain_data(value: Any) -> Any:
         if isinstance(value, plain):  # an enum or a NumPy float brings methods of its own
             return getattr(plain, f"__{plain.__name__}__")(value)
     if isinstance(value, Mapping):
-        return {plain_data(key): plain_data(item) for key, item in value.items()}
+        return {
+            plain_data(key, refuse_in): plain_data(item, refuse_in) for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [plain_data(item) for item in value]
+        return [plain_data(item, refuse_in) for item in value]
     if isinstance(value, tuple):
-        return tuple(plain_data(item) for item in value)
+        return tuple(plain_data(item, refuse_in) for item in value)
     if isinstance(value, np.generic):
-        return plain_data(value.item())
+        return plain_data(value.item(), refuse_in)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
-        return {field.name: plain_data(getattr(value, field.name)) for field in fields}
+        return {field.name: plain_data(getattr(value, field.name), refuse_in) for field in fields}
     if callable(getattr(value, "model_dump", None)):
-        return plain_data(value.model_dump())
+        return plain_data(value.model_dump(), refuse_in)
+    if refuse_in is not None:
+        raise RequestError(
+            f"{refuse_in} must hold text, numbers, lists and dicts, got {type(value).__name__}; "
+            "convert it first",
+            param="messages",
+        )
     return f"<{type(value).__name__}>"
 
 

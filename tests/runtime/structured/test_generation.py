@@ -56,7 +56,6 @@ def prompts(embedded_llm):
 @pytest.fixture(scope="session")
 def hold(embedded_llm):
     """Makes the processor of one prompt length."""
-    pytest.importorskip("llguidance")
     compiler = GrammarCompiler(
         embedded_llm.tokenizer, embedded_llm.bundle.manifest.model.vocab_size
     )

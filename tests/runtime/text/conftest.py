@@ -41,5 +41,6 @@ def chat_model_tokenizer():
 @pytest.fixture(scope="session")
 def reference_tokenizer():
     """Transformers' own tokenizer over the same files."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     return transformers.AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
