@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwen_runtime.generation_config import GenerationConfig
     from qwen_runtime.llm import LLM
     from qwen_runtime.outputs import BatchOutput, RequestOutput, TokenLogprob
-    from qwen_runtime.streaming import TextStream
+    from qwen_runtime.streaming import StreamChunk, TextStream
     from qwen_runtime.text import TextIteratorStreamer, TextStreamer
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "QwenRuntimeError",
     "RequestError",
     "RequestOutput",
+    "StreamChunk",
     "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
@@ -55,6 +56,7 @@ _MODULES = {
     "BatchOutput": "outputs",
     "RequestOutput": "outputs",
     "TokenLogprob": "outputs",
+    "StreamChunk": "streaming",
     "TextStream": "streaming",
     "TextIteratorStreamer": "text",
     "TextStreamer": "text",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -18,14 +19,27 @@ from qwen_runtime.text import (
     Tokenizer,
 )
 
-__all__ = ["TextStream"]
+__all__ = ["StreamChunk", "TextStream"]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamChunk:
+    """What one step of a stream brought."""
+
+    text: str
+    """Text that is now certain; empty while a character or a stop string is incomplete."""
+    token_ids: list[int]
+    """Generated ids; empty in a last chunk that only completes the text."""
+    logprobs: list[TokenLogprob]
+    """One per id, if asked for."""
 
 
 class TextStream:
     """An iterator over text pieces of one request.
 
-    A piece holds whole characters and may cover several tokens; pieces are never empty. Closing
-    the stream, or leaving its ``with`` block, cancels what has not been generated; `cancel` does
+    A piece holds whole characters and may cover several tokens; pieces are never empty. `chunks`
+    gives the same text together with token ids and log-probabilities, step by step. Closing the
+    stream, or leaving its ``with`` block, cancels what has not been generated; `cancel` does
     so from another thread.
     """
 
@@ -46,7 +60,7 @@ class TextStream:
         self._cancel = cancel
         self._settle = settle
         self._tokenizer = tokenizer
-        self._pieces = _read(decoding, self._make_detokenizer(), run())
+        self._chunks = _read(decoding, self._make_detokenizer(), run())
 
     @property
     def token_ids(self) -> list[int]:
@@ -67,7 +81,13 @@ class TextStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        while not (text := next(self._chunks).text):
+            pass
+        return text
+
+    def chunks(self) -> Iterator[StreamChunk]:
+        """What is still to come, one chunk for every step."""
+        return self._chunks
 
     def cancel(self) -> None:
         """End the stream within one step; may be called from any thread."""
@@ -75,7 +95,7 @@ class TextStream:
 
     def close(self) -> None:
         """Cancel what has not been generated; for the thread that reads the stream."""
-        self._pieces.close()
+        self._chunks.close()
         self._settle()
         if not self._decoding.finished:
             self._decoding.cancel()
@@ -104,16 +124,21 @@ def _read(
     decoding: Generation,
     detokenizer: IncrementalDetokenizer | StoppingDetokenizer,
     steps: Iterator[None],
-) -> Generator[str]:
-    """Pieces of text, step by step. Holds no stream, so that a forgotten one is freed at once."""
-    seen = 0
+) -> Generator[StreamChunk]:
+    """What every step brings. Holds no stream, so that a forgotten one is freed at once."""
+    row, seen = decoding.rows[0], 0
+
+    def chunk(ending: bool) -> StreamChunk:
+        nonlocal seen
+        ids, logprobs = row.token_ids[seen:], row.logprobs[seen:]
+        seen += len(ids)
+        return StreamChunk(
+            detokenizer.push(ids) + (detokenizer.flush() if ending else ""), ids, logprobs
+        )
+
     for _ in steps:
-        ids = decoding.rows[0].token_ids
-        piece = detokenizer.push(ids[seen:])
-        seen = len(ids)
-        if piece:
-            yield piece
+        yield chunk(ending=False)
     # Steps of other requests may have carried this one to its end since it was last read.
-    piece = detokenizer.push(decoding.rows[0].token_ids[seen:]) + detokenizer.flush()
-    if piece:
-        yield piece
+    last = chunk(ending=True)
+    if last.text or last.token_ids:
+        yield last

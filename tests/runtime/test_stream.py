@@ -292,3 +292,17 @@ def test_time_limit_begins_when_a_stream_is_first_read(text_llm: LLM) -> None:
         list(stream)
 
     assert len(stream.token_ids) > 1
+
+
+def test_chunks_match_text_with_token_ids_and_logprobs(text_llm: LLM) -> None:
+    settings = {**GREEDY, "logprobs": True, "top_logprobs": 2}
+    whole = text_llm.generate("Hello", **settings)
+
+    stream = text_llm.stream("Hello", **settings)
+    chunks = list(stream.chunks())
+
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [i for chunk in chunks for i in chunk.token_ids] == whole.token_ids
+    assert [item for chunk in chunks for item in chunk.logprobs] == whole.logprobs
+    assert all([item.token_id for item in chunk.logprobs] == chunk.token_ids for chunk in chunks)
+    assert len(chunks) > len([chunk for chunk in chunks if chunk.text])
