@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import memory, report
+from common import median_ratio, memory, pairs, report
 from random_checkpoint import SHAPES, write_checkpoint
 
 ARRANGEMENTS = {
@@ -29,6 +29,7 @@ ARRANGEMENTS = {
 }
 """By name: whether decode has a session of its own, and whether weights are packed."""
 PROMPT = 128
+PAIRS = 60
 
 
 def main() -> None:
@@ -113,7 +114,7 @@ def _measure(bundle: Path, two: bool, packed: bool, steps: int, threads: int) ->
     prefills = [run(prefill, prompt, 0) for _ in range(4)]
     decodes = [run(decode, np.array([[step]]), PROMPT + step) for step in range(steps)]
     after = memory()
-    return {
+    figures = {
         "load (s)": load,
         "anonymous after load (MB)": loaded["anonymous"] - before["anonymous"],
         "anonymous after use (MB)": after["anonymous"] - before["anonymous"],
@@ -121,6 +122,13 @@ def _measure(bundle: Path, two: bool, packed: bool, steps: int, threads: int) ->
         "decode (tok/s)": 1 / statistics.median(decodes[2:]),
         "prefill 128 (tok/s)": PROMPT / statistics.median(prefills[1:]),
     }
+    if two and packed:
+        token = np.array([[1]])
+        measured = pairs(
+            lambda: run(prefill, token, PROMPT), lambda: run(decode, token, PROMPT), PAIRS
+        )
+        figures["one token, decode graph / prefill graph (paired)"] = median_ratio(measured)
+    return figures
 
 
 if __name__ == "__main__":
