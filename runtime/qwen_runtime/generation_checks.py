@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, TypeGuard
 
 import numpy as np
 
@@ -43,21 +43,21 @@ def _bool(name: str, value: object) -> bool:
     return value
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _int(name: str, value: object) -> int:
     if not _is_int(value):
         raise _fail(name, "an integer", value)
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(value)
 
 
 def _at_least(minimum: int) -> Callable[[str, object], int]:
     def check(name: str, value: object) -> int:
-        if not _is_int(value) or value < minimum:  # type: ignore[operator]
+        if not _is_int(value) or value < minimum:
             raise _fail(name, f"an integer >= {minimum}", value)
-        return int(value)  # type: ignore[call-overload, no-any-return]
+        return int(value)
 
     return check
 
@@ -208,7 +208,7 @@ _CHECKS: Final[Mapping[str, Callable[[str, object], object]]] = {
     "response_format": _response_format,
     "return_dict_in_generate": _bool,
     "rng": _one_of("default", "torch"),
-    "seed": lambda name, value: check_seed(int(value) if _is_int(value) else value),  # type: ignore[call-overload]
+    "seed": lambda name, value: check_seed(int(value) if _is_int(value) else value),
     "sequence_bias": _bias,
     "stop": _strings,
     "stop_strings": _strings,

@@ -384,13 +384,12 @@ def _lent(machine: Machine, assistant: LLM | None) -> Model | None:
 def _array_form(
     prompt: object, input_ids: npt.ArrayLike | None, attention_mask: npt.ArrayLike | None
 ) -> npt.ArrayLike | None:
-    is_array = isinstance(prompt, np.ndarray) and prompt.ndim == 2
     if input_ids is not None:
         if prompt is not None:
             raise RequestError("pass the prompt or input_ids, not both", param="input_ids")
         return input_ids
-    if is_array:
-        return prompt  # type: ignore[return-value]
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 2:
+        return prompt
     if attention_mask is not None:
         raise RequestError(
             "attention_mask belongs to an array of ids [rows, length]; pass input_ids with it",

@@ -163,7 +163,7 @@ def _run_bundle(
     seen: Observations,
     progress: Progress,
 ) -> tuple[list[IntArray], list[Invariant]]:
-    # One after the other: each holds its own packed copy of the weights.
+    # One after the other: the packed weights are gone before both graphs are opened.
     with (
         progress("Running prefill", 4) as advance,
         closing(OnnxRuntimeRunner(bundle)) as runner,

@@ -57,7 +57,7 @@ def new_logger(trt: ModuleType, messages: Messages) -> Any:
     """An ``ILogger``, a class that exists in TensorRT's module alone, that fills ``messages``."""
     base: Any = trt
 
-    class Logger(base.ILogger):  # type: ignore[misc]
+    class Logger(base.ILogger):  # type: ignore[misc]  # known at run time only
         def __init__(self) -> None:
             base.ILogger.__init__(self)
 

@@ -38,7 +38,7 @@ class OnnxRuntimeRunner:
         threads: Threads for one operator; None for ONNX Runtime's choice, one per core.
         decode_graph: Run decode steps on decode.onnx instead of the prefill graph, as
             verification does to prove that graph too. Weights are then not packed but mapped
-            from the file, so that two sessions hold no copy of them; steps take a third longer.
+            from the file, so that two sessions hold no copy of them; calls are up to a fifth slower.
 
     Raises:
         BackendError: If onnxruntime is missing or too old, or cannot load the graphs.

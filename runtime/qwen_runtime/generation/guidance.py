@@ -119,8 +119,8 @@ def negative_prompts(
         if mask is not None:
             tokens = PromptBatch.padded(ids, mask, vocab_size).tokens
         else:
-            rows = [ids] if np.ndim(ids[0]) == 0 else ids  # type: ignore[index]
-            tokens = tuple(PromptBatch.single(row, vocab_size).tokens[0] for row in rows)  # type: ignore[union-attr]
+            rows = [ids] if np.ndim(ids[0]) == 0 else ids  # type: ignore[index]  # any nesting; refused below
+            tokens = tuple(PromptBatch.single(row, vocab_size).tokens[0] for row in rows)  # type: ignore[union-attr]  # as above
     except (IndexError, TypeError):
         raise _wrong(f"expected a list of token ids per prompt, got {ids!r:.60}") from None
     except RequestError as error:

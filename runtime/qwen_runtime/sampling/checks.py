@@ -43,9 +43,8 @@ def check_fraction(
         RequestError: Naming ``name``, if it is anything else.
     """
     interval = f"{'(' if open_low else '['}{low:g}, 1{')' if open_high else ']'}"
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if good:
-        number = float(value)  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
         above = number > low if open_low else number >= low
         below = number < 1 if open_high else number <= 1
         if above and below:
