@@ -3,6 +3,7 @@
 ExportError
 ├── CheckpointError          a file of the checkpoint is missing, damaged or contradicts another; .path
 ├── UnsupportedModelError    the checkpoint is sound, but asks for something not supported; .key
+├── OptionError              options exclude each other, or have no use for this model
 ├── OutputError              the place to write to exists, is full or cannot be written; .path
 ├── ParityError              the exported model does not answer like the original; .path
 └── TargetError              an engine cannot be built from the graph, or would give wrong numbers; .names
@@ -16,6 +17,7 @@ from pathlib import Path
 __all__ = [
     "CheckpointError",
     "ExportError",
+    "OptionError",
     "OutputError",
     "ParityError",
     "TargetError",
@@ -47,6 +49,10 @@ class UnsupportedModelError(ExportError):
     def __init__(self, message: str, *, key: str | None = None) -> None:
         super().__init__(message)
         self.key = key
+
+
+class OptionError(ExportError):
+    """Options are not offered, exclude each other, or have no use for this model."""
 
 
 class OutputError(_PathError):

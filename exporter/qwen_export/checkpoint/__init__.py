@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qwen_export.checkpoint.config import ModelConfig, require_supported
 from qwen_export.checkpoint.config_keys import CONFIG_KEYS, SUPPORTED_MODEL_TYPES, ConfigKey
+from qwen_export.checkpoint.quantized import QuantizedWeight
 from qwen_export.checkpoint.reader import Checkpoint, open_checkpoint
 from qwen_export.checkpoint.rope import RopeParameters
 from qwen_export.checkpoint.tensors import (
@@ -21,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "ConfigKey",
     "ModelConfig",
+    "QuantizedWeight",
     "RopeParameters",
     "TensorInfo",
     "TokenizerFiles",

@@ -70,6 +70,9 @@ class ModelConfig:
     """Keys that are not known here and were not obeyed, sorted; show them to the user."""
     path: Path
     """The file all this was read from, for messages."""
+    quantization_config: Mapping[str, Any] | None = None
+    """How weights are stored, as the file says it; None or empty: plain. See
+    ``checkpoint.quantized``."""
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], path: str | Path = "config.json") -> ModelConfig:
@@ -87,7 +90,7 @@ class ModelConfig:
 
         Raises:
             UnsupportedModelError: If model_type is not supported, or a key asks for another kind
-                of model (quantised weights, mixture of experts, ...).
+                of model (mixture of experts, ...).
             CheckpointError: If a value has the wrong type or contradicts another.
 
         Source:
@@ -137,6 +140,7 @@ class ModelConfig:
             pad_token_id=values.token_ids("pad_token_id"),
             ignored_keys=tuple(sorted((*ignored, *ignored_rope))),
             path=path,
+            quantization_config=_quantization_config(values),
         )
         _check_consistency(config)
         if config.ignored_keys:
@@ -212,6 +216,13 @@ def _dtype(values: ConfigValues) -> str | None:
             raise values.error(key, f"must be one of {', '.join(_DTYPES)}, or null", value)
         return str(value)
     return None
+
+
+def _quantization_config(values: ConfigValues) -> Mapping[str, Any] | None:
+    # Early compressed-tensors checkpoints have the second spelling.
+    spellings = ("quantization_config", "compression_config")
+    found = [values.mapping(key) for key in spellings if values.raw.get(key) is not None]
+    return next((each for each in found if each), found[0] if found else None)
 
 
 def _sliding_window(values: ConfigValues) -> int | None:

@@ -97,15 +97,15 @@ CONFIG_KEYS: tuple[ConfigKey, ...] = (
     # Numbers and tokens.
     _honoured("dtype", "format of the original weights: bfloat16, float16, float32 or null"),
     _honoured("torch_dtype", "the transformers 4 spelling of dtype, which wins over it"),
+    _honoured(
+        "quantization_config",
+        "weights stored by gptq, awq, compressed-tensors or fp8; any other method is refused",
+    ),
+    _honoured("compression_config", "an early spelling of quantization_config"),
     _honoured("bos_token_id", _TOKEN_ID),
     _honoured("eos_token_id", _TOKEN_ID),
     _honoured("pad_token_id", _TOKEN_ID),
     # What asks for another model.
-    _refused(
-        "quantization_config",
-        "quantised weights are not supported; BF16, F16 and F32 weights are",
-        None,
-    ),
     _refused("num_experts", _MOE, None, 0),
     _refused("num_experts_per_tok", _MOE, None, 0),
     _refused("moe_intermediate_size", _MOE, None),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from qwen_export.checkpoint.config import ModelConfig
 from qwen_export.checkpoint.json_file import read_json_object
@@ -13,7 +15,14 @@ from qwen_export.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["download_checkpoint", "is_hub_id"]
+__all__ = [
+    "download_checkpoint",
+    "download_small_files",
+    "is_hub_id",
+    "refuse_other_formats",
+    "reports_hub_errors",
+    "weights_names",
+]
 
 # Everything but the weights; small, and enough to refuse a model before its weights are fetched.
 _SMALL_FILES = (
@@ -55,32 +64,60 @@ def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:
         CheckpointError: If the model or revision does not exist, is gated, or cannot be fetched.
         UnsupportedModelError: If its config is refused.
     """
-    folder = _snapshot(repo_id, revision, _SMALL_FILES)
+    folder = download_small_files(repo_id, revision=revision)
     config_path = folder / "config.json"
     if not config_path.is_file():
         # The reader names what is missing from a folder.
         return folder
     ModelConfig.from_dict(read_json_object(config_path), config_path)
-    index_path = folder / "model.safetensors.index.json"
-    weights = {"model.safetensors"}
-    if index_path.is_file():
-        weight_map = read_json_object(index_path).get("weight_map")
-        if isinstance(weight_map, dict):
-            weights.update(str(file) for file in weight_map.values())
     # The commit just resolved, so that a push in between cannot mix two versions.
-    folder = _snapshot(repo_id, folder.name, sorted(weights))
+    folder = _snapshot(repo_id, folder.name, ["model.safetensors", *weights_names(folder)])
     if not any(folder.glob("*.safetensors")):
-        _refuse_other_formats(repo_id, folder)
+        refuse_other_formats(repo_id, folder.name)
     return folder
+
+
+def download_small_files(repo_id: str, *, revision: str | None = None) -> Path:
+    """Fetch everything of a checkpoint but its weights; see `download_checkpoint`.
+
+    Returns:
+        The folder in the cache; its name is the commit that was fetched. Weights are in it where
+        an earlier call fetched them.
+    """
+    return _snapshot(repo_id, revision, _SMALL_FILES)
+
+
+def weights_names(folder: Path) -> list[str]:
+    """Names of the weights files that a checkpoint's index speaks of, sorted; none without one.
+
+    Raises:
+        CheckpointError: If the index cannot be read.
+    """
+    index_path = folder / "model.safetensors.index.json"
+    if not index_path.is_file():
+        return []
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        return []
+    return sorted({str(file) for file in weight_map.values()})
 
 
 def _snapshot(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
     # Imported here: it takes longer than the rest of the package, and a folder needs none of it.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with reports_hub_errors(repo_id, revision):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
+
+
+@contextmanager
+def reports_hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a CheckpointError that says what to do."""
+    from huggingface_hub import errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # made on access
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{repo_id} is gated: accept its terms on the hub and log in with `hf auth login`, or "
@@ -95,7 +132,7 @@ def _snapshot(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
         raise CheckpointError(
             f"{repo_id} has no revision {revision!r}; give a branch, tag or commit of it"
         ) from error
-    except errors.LocalEntryNotFoundError as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
             f"{repo_id} cannot be fetched: the hub is out of reach and the cache does not hold it "
             "whole; go online or give a local folder"
@@ -105,13 +142,21 @@ def _snapshot(repo_id: str, revision: str | None, files: Sequence[str]) -> Path:
         raise CheckpointError(f"{repo_id} cannot be fetched from the hub: {reason}") from error
 
 
-def _refuse_other_formats(repo_id: str, folder: Path) -> None:
-    """Name the weights that are there, where none can be read."""
+def refuse_other_formats(repo_id: str, revision: str) -> NoReturn:
+    """Name the weights that are there, where none can be read.
+
+    Args:
+        repo_id: The model.
+        revision: The commit that was fetched.
+
+    Raises:
+        CheckpointError: Always.
+    """
     from huggingface_hub import HfApi, errors
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # made on access
 
     try:
-        files = HfApi().list_repo_files(repo_id, revision=folder.name)
+        files = HfApi().list_repo_files(repo_id, revision=revision)
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, httpx.HTTPError) as error:
         raise CheckpointError(f"{repo_id} holds no safetensors weights") from error
     others = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".gguf")))

@@ -6,17 +6,34 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen_export.checkpoint.config import ModelConfig
 from qwen_export.checkpoint.hub import download_checkpoint, is_hub_id
 from qwen_export.checkpoint.json_file import read_json_object
+from qwen_export.checkpoint.quantized import (
+    IntArray,
+    QuantizedWeight,
+    StoredTensors,
+    resolve_tensors,
+)
 from qwen_export.checkpoint.safetensors_file import SafetensorsFile
-from qwen_export.checkpoint.tensors import TensorInfo, Tying, check_tensors, resolve_tying
+from qwen_export.checkpoint.tensors import (
+    EMBEDDING_NAME,
+    LM_HEAD_NAME,
+    TensorInfo,
+    Tying,
+    check_tensors,
+    resolve_tying,
+)
 from qwen_export.checkpoint.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from qwen_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    # The package of the quantisers reads checkpoints.
+    from qwen_export.quantization.tensor import QuantizedTensor
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -32,7 +49,8 @@ _EXPONENT_BITS = {"bfloat16": 0x7F80, "float16": 0x7C00}
 class Checkpoint:
     """An opened checkpoint whose tensors were checked against its config.
 
-    Opening reads headers only; weights are mapped when read.
+    Opening reads headers, and the zero points and group indices of quantised weights; weights are
+    mapped when read.
     """
 
     path: Path
@@ -41,25 +59,84 @@ class Checkpoint:
     """Commit of the hub that was opened; None for a local folder."""
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
-    """What the weights files hold, by name."""
+    """What the weights files hold, by the plain model's names."""
     harmless: tuple[str, ...]
-    """Names in ``tensors`` that the model has no use for (stored rotary frequencies)."""
+    """Stored names that the model has no use for (rotary frequencies, scales of activations)."""
     generation_config: Mapping[str, Any]
     """generation_config.json as parsed; without one, the token ids of config.json."""
     files: Mapping[Path, SafetensorsFile] = field(repr=False)
     """The weights files, by the path that ``tensors`` names."""
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict, repr=False)
+    """The weights in ``tensors`` that are stored quantised, by the plain weight's name."""
+
+    def exact_bits(self, *, read: bool = True) -> dict[str, int | None]:
+        """How many bits symmetric codes need to hold each quantised weight exactly.
+
+        Args:
+            read: Whether to read the codes of 8 bits with zero points, which alone tell; without
+                it they are taken to fit, as they nearly always do.
+
+        Returns:
+            4, 8, or None where no such codes hold it (FP8), by the plain weight's name.
+
+        Raises:
+            CheckpointError: If a part that is read is damaged.
+        """
+        return {name: weight.find_exact_bits(read=read) for name, weight in self.quantized.items()}
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """Map a tensor without copying it.
+        """Map a tensor without copying it, or dequantise it.
 
         Args:
             name: A name in ``tensors``.
 
         Returns:
             A read-only view of the file in the stored shape ([out, in] for linear layers) and
-            type: float32, float16 or ml_dtypes.bfloat16.
+            type: float32, float16 or ml_dtypes.bfloat16. A quantised weight is a new float32
+            array: stored integer or float, less its zero point, times its scale, all in float32.
+
+        Raises:
+            CheckpointError: If a scale of a quantised weight is not finite.
         """
+        if name in self.quantized:
+            return self.quantized[name].dequantize()
         return self.files[self.tensors[name].file].read(name)
+
+    def read_rows(self, name: str, which: slice | IntArray) -> np.ndarray[Any, Any]:
+        """Read some rows of a matrix, of a quantised one without unpacking the others.
+
+        Args:
+            name: A name in ``tensors``, of two axes.
+            which: A slice of its rows, or their numbers, [n].
+
+        Returns:
+            What ``read`` gives for these rows, [n, in]; a view where a slice of a plain tensor is
+            asked for.
+
+        Raises:
+            CheckpointError: If a scale of a quantised weight is not finite.
+        """
+        if name in self.quantized:
+            return self.quantized[name].rows(which)
+        rows: np.ndarray[Any, Any] = self.read(name)[which]
+        return rows
+
+    def read_quantized(self, name: str) -> QuantizedTensor | None:
+        """Read a quantised weight as it is, without rounding anything.
+
+        Args:
+            name: A name in ``tensors``.
+
+        Returns:
+            Codes [in, out] and scales whose product is what ``read`` gives; its block is the
+            format's group, all inputs where it has none. None for a tensor that is stored plain,
+            or in numbers that no symmetric codes of 8 bits hold.
+
+        Raises:
+            CheckpointError: If a scale is not finite, or codes have more bits than configured.
+        """
+        weight = self.quantized.get(name)
+        return None if weight is None else weight.quantized()
 
     def release(self, name: str) -> None:
         """Drop a tensor's pages from memory; views stay valid and read from the file again.
@@ -67,7 +144,10 @@ class Checkpoint:
         Args:
             name: A name in ``tensors``.
         """
-        self.files[self.tensors[name].file].release(name)
+        if name in self.quantized:
+            self.quantized[name].release()
+        else:
+            self.files[self.tensors[name].file].release(name)
 
     def check_finite(self, name: str, block: np.ndarray[Any, Any]) -> None:
         """Refuse NaN and infinity in a tensor or a block of its rows.
@@ -93,6 +173,14 @@ class Checkpoint:
 
     def resolve_tying(self) -> Tying:
         """Decide whether embedding and output projection are one table; see ``resolve_tying``."""
+        tables = {EMBEDDING_NAME, LM_HEAD_NAME}
+        packed = [self.quantized[name] for name in tables if name in self.quantized]
+        if packed and tables <= self.tensors.keys():
+            # Compared as stored: large tables are not unpacked for it.
+            same = len(packed) == 2 and packed[0].is_stored_like(packed[1])
+            tied = same and self.config.tie_word_embeddings
+            head = EMBEDDING_NAME if tied else LM_HEAD_NAME
+            return Tying(tied=tied, embedding=EMBEDDING_NAME, lm_head=head)
         return resolve_tying(self.config, self.tensors, self.read, self.release)
 
     def tokenizer_files(self) -> TokenizerFiles | None:
@@ -105,13 +193,17 @@ class Checkpoint:
         return read_tokenizer_files(self.path, self.config)
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, revision: str | None = None, hollow: bool = False
+) -> Checkpoint:
     """Open a checkpoint and check its tensors against its config.
 
     Args:
         model: A local folder, or a hub id ``owner/name`` given as a string. A folder of that name
             comes first.
         revision: A branch, tag or commit of a hub id; None is the main branch.
+        hollow: Whether the weights files hold headers alone, and holes where their data would
+            be. Zero points and group indices are then taken to be in order.
 
     Returns:
         The checkpoint. Its config may still ask for something that cannot be exported; see
@@ -130,15 +222,18 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         )
     config = ModelConfig.from_dict(read_json_object(config_path), config_path)
     files = _weights_files(folder)
-    tensors = {name: info for file in files.values() for name, info in file.tensors.items()}
+    stored = StoredTensors({name: f for f in files.values() for name in f.tensors}, folder, hollow)
+    resolved = resolve_tensors(config, stored)
+    unused = check_tensors(config, resolved.tensors)
     return Checkpoint(
         path=folder,
         revision=commit,
         config=config,
-        tensors=tensors,
-        harmless=check_tensors(config, tensors),
+        tensors=resolved.tensors,
+        harmless=tuple(sorted((*unused, *resolved.harmless))),
         generation_config=_generation_config(folder, config),
         files=files,
+        quantized=resolved.quantized,
     )
 
 

@@ -17,13 +17,18 @@ from qwen_export.errors import CheckpointError
 
 __all__ = ["SafetensorsFile"]
 
-# The format's name of a type -> our name and NumPy's type.
-_STORED_TYPES: dict[str, tuple[str, np.dtype[Any]]] = {
-    "BF16": ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
-    "F16": ("float16", np.dtype(np.float16)),
-    "F32": ("float32", np.dtype(np.float32)),
+# The format's name of a type -> NumPy's. Plain weights are floats; the others are parts of
+# quantised ones.
+_STORED_TYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
-_NUMPY_TYPES = dict(_STORED_TYPES.values())
+_NUMPY_TYPES = {dtype.name: dtype for dtype in _STORED_TYPES.values()}
 _LENGTH_BYTES = 8  # the header's length, little endian, opens the file
 
 
@@ -45,7 +50,7 @@ class SafetensorsFile:
 
         Raises:
             CheckpointError: If the file cannot be read, is damaged or truncated, or stores a
-                tensor in a type other than BF16, F16 or F32.
+                tensor in a type that no supported checkpoint has.
         """
         self.path = path
         self.tensors: Mapping[str, TensorInfo] = _read_header(path)
@@ -58,8 +63,8 @@ class SafetensorsFile:
             name: A name in ``tensors``.
 
         Returns:
-            A read-only view of the file, in the stored shape and type (ml_dtypes.bfloat16 for
-            BF16). It stays valid for as long as it is referenced, also after ``release``.
+            A read-only view of the file, in the stored shape and type (of ml_dtypes for BF16 and
+            F8_E4M3). It stays valid for as long as it is referenced, also after ``release``.
         """
         info = self.tensors[name]
         dtype = _NUMPY_TYPES[info.dtype]
@@ -124,7 +129,7 @@ def _tensor_info(path: Path, base: int, name: str, entry: Mapping[str, Any]) -> 
             path=path,
         )
     start, end = entry["data_offsets"]
-    dtype, _ = _STORED_TYPES[entry["dtype"]]
+    dtype = _STORED_TYPES[entry["dtype"]].name
     return TensorInfo(dtype, tuple(entry["shape"]), path, base + start, end - start)
 
 

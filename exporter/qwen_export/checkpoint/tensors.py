@@ -15,6 +15,7 @@ from qwen_export.errors import CheckpointError
 
 __all__ = [
     "EMBEDDING_NAME",
+    "FLOAT_TYPES",
     "LM_HEAD_NAME",
     "TensorInfo",
     "Tying",
@@ -25,6 +26,8 @@ __all__ = [
 
 EMBEDDING_NAME = "model.embed_tokens.weight"
 LM_HEAD_NAME = "lm_head.weight"
+FLOAT_TYPES = ("bfloat16", "float16", "float32")
+"""What plain tensors may be stored as."""
 
 # Rotation frequencies that old versions of transformers stored; they follow from the config.
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -34,18 +37,18 @@ _COMPARE_BYTES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a safetensors file, as its header describes it."""
+    """One tensor of a checkpoint: as a file's header describes it, or put together of parts."""
 
     dtype: str
-    """"bfloat16", "float16" or "float32", as stored."""
+    """NumPy's name of the type it is read as; of `FLOAT_TYPES` but for parts of quantised ones."""
     shape: tuple[int, ...]
-    """As stored: linear layers are [out, in]."""
+    """Linear layers are [out, in]."""
     file: Path
-    """The file that holds it."""
+    """The file that holds it; of a quantised weight its codes."""
     offset: int
-    """Where its data begin, in bytes from the start of the file."""
+    """Where its data begin, in bytes from the start of the file; of a quantised weight its codes."""
     num_bytes: int
-    """Size of its data."""
+    """Size of its data as stored; of a quantised weight all its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ def check_tensors(config: ModelConfig, available: Mapping[str, TensorInfo]) -> t
         Names of tensors that are not needed and harmless (stored rotary frequencies), sorted.
 
     Raises:
-        CheckpointError: If a tensor is missing, is not called for, or has another shape. The
-            message names the tensor, the file and what was expected.
+        CheckpointError: If a tensor is missing, is not called for, or has another shape or type.
+            The message names the tensor, the file and what was expected.
     """
     expected = dict(_expected(config))
     if config.tie_word_embeddings and LM_HEAD_NAME in available:
@@ -104,6 +107,12 @@ def check_tensors(config: ModelConfig, available: Mapping[str, TensorInfo]) -> t
     _check_missing(config, expected, available)
     for name, want in expected.items():
         info = available[name]
+        if info.dtype not in FLOAT_TYPES:
+            raise CheckpointError(
+                f"{name} in {info.file.name} is stored as {info.dtype}, which is not supported; "
+                f"{', '.join(FLOAT_TYPES)} are{_quantized_hint(config)}",
+                path=info.file,
+            )
         if info.shape != want.shape:
             raise CheckpointError(
                 f"{name}: expected {list(want.shape)} {want.meaning} from {config.path.name}, got "
@@ -196,12 +205,25 @@ def _check_missing(
         return
     want = expected[missing[0]]
     hint = ""
-    if missing == [LM_HEAD_NAME]:
+    module = missing[0].removesuffix(".weight")
+    if {f"{module}.qweight", f"{module}.weight_packed"} & available.keys():
+        hint = _quantized_hint(config)
+    elif missing == [LM_HEAD_NAME]:
         hint = f"; set tie_word_embeddings to true in {config.path.name} if it is the embedding"
     raise CheckpointError(
         f"{missing[0]}: expected {list(want.shape)} {want.meaning} from {config.path.name}, but no "
         f"safetensors file of {config.path.parent} holds it{_and_more(missing)}{hint}",
         path=config.path.parent,
+    )
+
+
+def _quantized_hint(config: ModelConfig) -> str:
+    if config.quantization_config:
+        return ""
+    empty = "" if config.quantization_config is None else ", and the one there is empty"
+    return (
+        f"; if the checkpoint is quantised, {config.path.name} must have the quantization_config "
+        f"that the tool which made it writes there or to quantize_config.json{empty}"
     )
 
 

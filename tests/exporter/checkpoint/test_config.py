@@ -228,10 +228,6 @@ def test_rope_keys_without_effect_are_listed(
     [
         ({"model_type": "llama"}, "config.json: model_type 'llama' is not supported; qwen2 and"),
         ({"model_type": "qwen2_moe"}, "model_type 'qwen2_moe' is not supported"),
-        (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "quantization_config is set, but quantised weights are not supported; BF16, F16 and",
-        ),
         ({"num_experts": 8}, "num_experts is set, but mixture-of-experts models are not"),
         ({"vision_config": {}}, "vision_config is set, but models with parts beside the text"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder is set, but only decoders are"),

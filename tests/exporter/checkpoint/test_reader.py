@@ -276,7 +276,7 @@ def test_folder_without_safetensors_is_an_error(
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [(np.float64, "F64"), (np.int32, "I32")])
+@pytest.mark.parametrize(("dtype", "stored"), [(np.float64, "F64"), (np.int32, "int32")])
 def test_unsupported_type_of_a_tensor_is_an_error(
     copy_of: CopyOf, dtype: Any, stored: str
 ) -> None:
