@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -22,14 +22,24 @@ from qwen_export.checkpoint import (
     open_checkpoint,
     require_supported,
 )
-from qwen_export.describe import describe, source_name, template_files, write_manifest
-from qwen_export.errors import ExportError, OutputError, ParityError
+from qwen_export.describe import (
+    describe,
+    describe_quantization,
+    source_name,
+    template_files,
+    write_manifest,
+)
+from qwen_export.errors import OptionError, OutputError, ParityError, TargetError
+from qwen_export.formats import PRECISIONS, Recipe, native_precision
 from qwen_export.model.parameters import parameters
 from qwen_export.progress import Progress, no_progress
-from qwen_export.rotary import context_limit, rotary_tables
+from qwen_export.quantization import BLOCK_SIZES, METHODS, Method, Quantizer, make_quantizer
+from qwen_export.rotary import context_limit
+from qwen_export.sources import stored_names, tensor_sources
 from qwen_export.staging import install, require_absent, staging_folder
+from qwen_export.targets.engine import build_engine, check_target
 from qwen_export.trace import Phase, trace
-from qwen_export.weights import TensorSource, WeightsFile, bind_weights, write_weights
+from qwen_export.weights import Source, WeightsFile, bind_weights, write_weights
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.manifest import Manifest
 
@@ -46,24 +56,69 @@ _MOST_FAILED = 20
 class BuildOptions:
     """What `build` is asked for beside the model and the place."""
 
-    precision: str = "fp32"
-    """Format of the weights; "fp32" is offered."""
+    precision: str | None = None
+    """Format of the weights: fp32, int8 or int4; None for the checkpoint's own if it is quantised
+    exactly, else fp32."""
     compute_dtype: str = "fp32"
     """Format of activations and caches; "fp32" is offered."""
     max_context: int | None = None
     """Longest row in tokens; None for the checkpoint's max_position_embeddings."""
     verify: bool = True
     """Prove parity with PyTorch, and refuse to deliver a bundle that fails."""
+    block_size: int | None = None
+    """Inputs that share a scale in a quantised weight: 32, 64 or 128, which must divide those of
+    every weight; None for the precision's default, or the largest size below it that divides."""
+    quantizer: Method | None = None
+    """What chooses codes and scales; None for the precision's default, which does not round what
+    the checkpoint stores quantised a second time."""
+    calibration: Path | None = None
+    """Text whose activations guide "gptq"."""
+    keep: tuple[str, ...] = ()
+    """Patterns, as of a shell, of the weights that are stored in fp32 instead of quantised."""
+    targets: tuple[str, ...] = ()
+    """Engines to build into the bundle with their default options: "tensorrt-rtx", "tensorrt"."""
 
     def __post_init__(self) -> None:
-        for option, value in (
-            ("--precision", self.precision),
-            ("--compute-dtype", self.compute_dtype),
-        ):
-            if value != "fp32":
-                raise ExportError(f"{option} must be fp32, the only verified one, got {value}")
+        _require_one_of("--precision", self.precision, PRECISIONS)
+        _require_one_of("--block-size", self.block_size, BLOCK_SIZES)
+        _require_one_of("--quantizer", self.quantizer, METHODS)
+        if self.compute_dtype != "fp32":
+            raise OptionError(
+                f"--compute-dtype must be fp32, the only verified one, got {self.compute_dtype}"
+            )
         if self.max_context is not None and self.max_context < 1:
-            raise ExportError(f"--max-context must be at least 1 token, got {self.max_context}")
+            raise OptionError(f"--max-context must be at least 1 token, got {self.max_context}")
+        if (self.quantizer == "gptq") != (self.calibration is not None):
+            raise OptionError(
+                "--quantizer gptq and --calibration FILE must be given together: gptq needs a "
+                "text to be calibrated on, and no other method reads one"
+            )
+        _require_patterns("--keep", self.keep)
+        if self.precision is not None:
+            self.recipe(self.precision)
+
+    def recipe(self, precision: str) -> Recipe | None:
+        """How weights are quantised at a precision, which is the checkpoint's if none was asked for.
+
+        Raises:
+            OptionError: If an option has no use for it.
+        """
+        native = self.precision is None
+        return Recipe.of(precision, self.block_size, self.quantizer, keep=self.keep, native=native)
+
+
+def _require_one_of(option: str, value: object, known: Sequence[object]) -> None:
+    # True == 1 and 32.0 == 32, hence the types.
+    if value is not None and (type(value) is not type(known[0]) or value not in known):
+        raise OptionError(f"{option} must be one of {', '.join(map(str, known))}, got {value!r}")
+
+
+def _require_patterns(option: str, value: object) -> None:
+    # A string is a sequence of strings, too.
+    if not isinstance(value, tuple) or not all(
+        isinstance(pattern, str) and pattern for pattern in value
+    ):
+        raise OptionError(f"{option} must be patterns of names of weights, got {value!r}")
 
 
 def embedded_model() -> Path:
@@ -96,10 +151,17 @@ def build(
     Returns:
         The bundle at ``output``.
 
+    Warns:
+        UserWarning: If a quantised checkpoint becomes fp32 because no integers hold its weights
+            exactly.
+
     Raises:
+        OptionError: If an option has no use for this checkpoint.
         CheckpointError: If the checkpoint is missing, damaged or contradicts itself.
         UnsupportedModelError: If it asks for something that is not supported.
         OutputError: If ``output`` exists, appears during the build or cannot be written.
+        TargetError: If an engine cannot be built; where that shows only when the bundle is complete,
+            the bundle stays.
         ParityError: If the bundle does not answer like the checkpoint. It is left at
             ``output`` + ".failed", with the report, or where something else is in the way at the
             next free name, ".failed-2", ...; ``output`` itself is not touched.
@@ -107,10 +169,19 @@ def build(
     options = options or BuildOptions()
     output = output.absolute()
     require_absent(output, overwrite=overwrite)
+    for target in options.targets:
+        check_target(target)
     checkpoint = open_checkpoint(embedded_model() if model is None else model, revision=revision)
     require_supported(checkpoint.config)
     max_context = context_limit(checkpoint.config, options.max_context)
     tying = checkpoint.resolve_tying()
+    exact_bits = {} if options.precision == "fp32" else checkpoint.exact_bits()
+    precision = options.precision or native_precision(exact_bits.values())
+    recipe = options.recipe(precision)
+    if exact_bits and recipe is None:
+        _warn_of_fp32(checkpoint, exact_bits)
+    quantizer = _calibrated(checkpoint, recipe, options.calibration)
+    sources = tensor_sources(checkpoint, tying, max_context, recipe, quantizer, exact_bits)
     tokenizer = checkpoint.tokenizer_files()
     with staging_folder(output) as folder:
         graphs: dict[Phase, ir.Model] = {}
@@ -119,11 +190,17 @@ def build(
                 graphs[phase] = trace(
                     checkpoint.config, phase, tied=tying.tied, max_context=max_context
                 )
-        weights = _write_weights(checkpoint, tying, max_context, folder, progress)
+        weights = _write_weights(checkpoint, tying, sources, folder, progress)
         for phase, graph in graphs.items():
             with progress(f"Checking {phase}"):
                 _save_graph(graph, weights, folder / f"{phase}.onnx")
         _write_text_files(checkpoint, tokenizer, folder)
+        quantization = None
+        if recipe is not None:
+            wanted = parameters(checkpoint.config, tied=tying.tied, max_context=max_context)
+            quantization = describe_quantization(
+                wanted, sources, tied=tying.tied, calibration=options.calibration
+            )
         manifest = describe(
             checkpoint,
             tying,
@@ -131,62 +208,74 @@ def build(
             graphs,
             weights,
             max_context=max_context,
-            precision=options.precision,
+            precision=precision,
             compute_dtype=options.compute_dtype,
             source=source_name(checkpoint, model),
+            quantization=quantization,
         )
         hashes = {WEIGHTS_FILE: weights.sha256}
         write_manifest(manifest, folder, hashes)
         if options.verify:
             _verify(manifest, checkpoint, folder, output, hashes, progress)
         install(folder, output, overwrite=overwrite)
-    return Bundle.open(output)
+    bundle = Bundle.open(output)
+    for target in dict.fromkeys(options.targets):
+        try:
+            build_engine(bundle, target, progress=progress)
+        except TargetError as error:
+            raise TargetError(
+                f"{output} is complete, but it has no engine for {target}: {error}",
+                names=error.names,
+            ) from error
+    return bundle
+
+
+def _warn_of_fp32(checkpoint: Checkpoint, exact_bits: Mapping[str, int | None]) -> None:
+    count = sum(bits is None for bits in exact_bits.values())
+    warnings.warn(
+        f"{checkpoint.path}: no symmetric integers hold {count} of its {len(exact_bits)} quantised "
+        "weights exactly, so all become fp32, 4 bytes a weight; --precision int8 --quantizer search "
+        "makes it about 1 byte and rounds them a second time, --precision fp32 says that fp32 is "
+        "wanted",
+        stacklevel=3,
+    )
+
+
+def _calibrated(
+    checkpoint: Checkpoint, recipe: Recipe | None, calibration: Path | None
+) -> Quantizer | None:
+    """The quantizer of the linear layers, where it is one that wants a text."""
+    if recipe is None or calibration is None:
+        return None
+    if checkpoint.quantized:
+        raise OptionError(
+            f"--quantizer gptq calibrates float weights, but {checkpoint.path} is quantised "
+            "already; leave it out"
+        )
+    return make_quantizer(recipe.linears, checkpoint=checkpoint, calibration=calibration)
 
 
 def _write_weights(
-    checkpoint: Checkpoint, tying: Tying, max_context: int, folder: Path, progress: Progress
+    checkpoint: Checkpoint,
+    tying: Tying,
+    sources: Sequence[Source],
+    folder: Path,
+    progress: Progress,
 ) -> WeightsFile:
-    sources = _tensor_sources(checkpoint, tying, max_context)
-    stored_as = _stored_names(tying)
+    names = stored_names(tying)
 
     def check(name: str, block: npt.NDArray[np.float32]) -> None:
         if not name.startswith("model.rotary_emb."):
-            checkpoint.check_finite(stored_as.get(name, name), block)
+            checkpoint.check_finite(names.get(name, name), block)
 
     total = sum(source.num_bytes for source in sources)
     with progress("Writing weights", total, unit="B") as advance:
         return write_weights(folder / WEIGHTS_FILE, sources, check=check, progress=advance)
 
 
-def _tensor_sources(checkpoint: Checkpoint, tying: Tying, max_context: int) -> list[TensorSource]:
-    cos, sin = rotary_tables(checkpoint.config, max_context)
-    tables = {"model.rotary_emb.cos": cos, "model.rotary_emb.sin": sin}
-    stored_as = _stored_names(tying)
-    sources = []
-    for parameter in parameters(checkpoint.config, tied=tying.tied, max_context=max_context):
-        name = parameter.name
-        if name in tables:
-            source = TensorSource(name, parameter.shape, partial(tables.__getitem__, name))
-        else:
-            stored = stored_as.get(name, name)
-            source = TensorSource(
-                name,
-                parameter.shape,
-                read=partial(checkpoint.read, stored),
-                transposed=parameter.transposed,
-                done=partial(checkpoint.release, stored),
-            )
-        sources.append(source)
-    return sources
-
-
-def _stored_names(tying: Tying) -> dict[str, str]:
-    """Where the checkpoint keeps tensors that the graphs know by another name."""
-    return {"model.embed_tokens.weight": tying.embedding, "lm_head.weight": tying.lm_head}
-
-
 def _save_graph(graph: ir.Model, weights: WeightsFile, path: Path) -> None:
-    bind_weights(graph, weights)
+    passes.quantize(graph, weights.tensors)
+    bind_weights(graph, weights, passes.TIED_ALIASES)
     passes.infer_shapes(graph)
     graph.producer_name, graph.producer_version = "qwen-export", metadata.version("qwen-export")
     ir.save(graph, path)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import onnx_ir as ir
 
 from qwen_export.checkpoint import Checkpoint, TokenizerFiles, Tying
+from qwen_export.formats import role_of
+from qwen_export.model.parameters import Parameter
 from qwen_export.trace import Phase
-from qwen_export.weights import WeightsFile
+from qwen_export.weights import QuantizedSource, Source, WeightsFile
 from qwen_runtime.bundle import sha256_of
 from qwen_runtime.manifest import (
     MANIFEST_FILE,
@@ -21,12 +25,22 @@ from qwen_runtime.manifest import (
     Manifest,
     ModelEntry,
     ParitySummary,
+    QuantizationEntry,
+    QuantizedGroup,
     TensorEntry,
     TokenizerEntry,
     WeightsEntry,
 )
 
-__all__ = ["describe", "source_name", "template_files", "write_manifest"]
+__all__ = [
+    "describe",
+    "describe_quantization",
+    "source_name",
+    "template_files",
+    "write_manifest",
+]
+
+T = TypeVar("T")
 
 MINIMUM_ONNXRUNTIME = "1.31.0"
 """The first release tested with opset 24's TensorScatter and Attention in place."""
@@ -59,6 +73,7 @@ def describe(
     precision: str,
     compute_dtype: str,
     source: str,
+    quantization: QuantizationEntry | None = None,
 ) -> Manifest:
     """The manifest of a bundle that is not yet verified, its files not yet listed."""
     config = checkpoint.config
@@ -92,7 +107,54 @@ def describe(
             name: metadata.version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")
         },
         parity=ParitySummary("not_verified"),
+        quantization=quantization,
     )
+
+
+def describe_quantization(
+    wanted: Iterable[Parameter],
+    sources: Iterable[Source],
+    *,
+    tied: bool,
+    calibration: Path | None = None,
+) -> QuantizationEntry:
+    """What became of every weight.
+
+    Args:
+        wanted: The tensors of the graphs.
+        sources: What was written for them.
+        tied: Whether the embedding is the output projection too.
+        calibration: The text that linear layers were calibrated on.
+    """
+    roles = {parameter.name: role_of(parameter, tied=tied) for parameter in wanted}
+    groups: dict[QuantizedGroup, list[int]] = defaultdict(list)
+    made: list[QuantizedSource] = []
+    for source in sources:
+        kind = QuantizedGroup(roles[source.name], "fp32", None, None, 0, 0)
+        if isinstance(source, QuantizedSource):
+            form = source.format
+            kind = replace(
+                kind, format=form.name, block_size=form.block_size, method=source.method
+            )
+            if kind.role == "linear" and source.method != "imported":
+                made.append(source)
+        groups[kind].append(source.num_bytes)
+    return QuantizationEntry(
+        _sole(source.format.bits for source in made),
+        _sole(source.format.block_size for source in made),
+        _sole(source.method for source in made if source.method != "imported"),
+        None if calibration is None else sha256_of(calibration),
+        tuple(
+            replace(kind, num_tensors=len(sizes), num_bytes=sum(sizes))
+            for kind, sizes in groups.items()
+        ),
+    )
+
+
+def _sole(values: Iterable[T]) -> T | None:
+    """The value that all have; None where there are none or several."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
 
 
 def _tokenizer_entry(tokenizer: TokenizerFiles) -> TokenizerEntry:

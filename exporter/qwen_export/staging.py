@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -83,13 +83,21 @@ def staging_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def install(staged: Path, output: Path, *, overwrite: bool) -> None:
+def install(
+    staged: Path,
+    output: Path,
+    *,
+    overwrite: bool,
+    refuse: Callable[..., None] | None = None,
+) -> None:
     """Make ``staged`` become ``output`` in one step.
 
     Args:
         staged: A complete folder on the same file system.
         output: Its final place.
         overwrite: Replace a bundle or an empty folder that is there; it is deleted.
+        refuse: Says what may be replaced, as `require_absent` does for bundles, where something
+            else is written.
 
     Raises:
         OutputError: If ``output`` exists and may not be replaced; both stay as they are.
@@ -98,10 +106,11 @@ def install(staged: Path, output: Path, *, overwrite: bool) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+    refuse = refuse or require_absent
     # Asked again: a build takes minutes, in which something may have appeared there.
-    require_absent(output, overwrite=overwrite)
+    refuse(output, overwrite=overwrite)
     if not overwrite or not output.exists():
-        _move(staged, output)
+        _move(staged, output, refuse)
         return
     _exchange(staged, output)
     if staged.is_symlink():
@@ -112,19 +121,19 @@ def install(staged: Path, output: Path, *, overwrite: bool) -> None:
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def _move(staged: Path, output: Path) -> None:
+def _move(staged: Path, output: Path, refuse: Callable[..., None]) -> None:
     """Rename a folder to a name that must be free: atomically on Linux."""
     error = _renameat2(staged, output, _RENAME_NOREPLACE)
     if error == 0:
         return
     if error == errno.EEXIST:
-        require_absent(output, overwrite=False)
+        refuse(output, overwrite=False)
     # A system or file system without the flag; rename replaces no more than an empty folder.
     try:
         staged.rename(output)
     except OSError as cause:
         if cause.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            require_absent(output, overwrite=False)
+            refuse(output, overwrite=False)
         raise
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from safetensors.numpy import load_file, save_file
+from small_checkpoints import small_checkpoint
 
+from qwen_export.bundle import BuildOptions, build
 from qwen_export.errors import TargetError
+from qwen_export.passes.retype import retype
 from qwen_export.targets.profiles import Profile, SizeRange, check_profiles, profile_shapes
+from qwen_export.targets.ranges import check_float16_range
 from qwen_export.targets.tensorrt import engine_graph
+from qwen_runtime.backends.base import FloatArray
 from qwen_runtime.bundle import Bundle
 
 LAYERS = 8
@@ -78,31 +86,135 @@ def test_a_retyped_graph_has_one_float_type_and_float32_logits(tiny_bundle):
     assert "capacity" not in dims
 
 
-def test_a_graph_retyped_to_fp16_answers_like_the_fp32_graph(tiny_bundle, tmp_path):
-    ir.save(graph(tiny_bundle, "prefill", "fp16"), tmp_path / "fp16.onnx")
+def test_a_graph_retyped_to_fp16_keeps_its_residual_stream_in_float32(tiny_bundle):
+    model = graph(tiny_bundle, "prefill", "fp16")
+    nodes = {node.name: node for node in model.graph}
+    exact = {
+        name
+        for name, node in nodes.items()
+        if node.outputs[0].dtype == ir.DataType.FLOAT and node.op_type != "Cast"
+    }
+    residual = {f"/model/layers.{i}/{add}" for i in range(LAYERS) for add in ("Add", "Add_1")}
+    norms = {
+        f"/model/layers.{i}/{norm}_layernorm/RMSNormalization"
+        for i in range(LAYERS)
+        for norm in ("input", "post_attention")
+    }
+    assert exact == {*residual, *norms, "/GatherND", "/model/norm/RMSNormalization"}
+    for name in exact:
+        operands = [value for value in nodes[name].inputs if value.dtype != ir.DataType.INT64]
+        assert {value.dtype for value in operands} == {ir.DataType.FLOAT}, name
+    halves = [
+        node for node in model.graph if node.op_type in ("MatMul", "Gemm", "RotaryEmbedding")
+    ]
+    assert {value.dtype for node in halves for value in node.inputs} == {
+        ir.DataType.FLOAT16,
+        ir.DataType.INT64,
+    }
+
+
+def test_a_graph_whose_residual_stream_is_not_recognised_is_refused(tiny_bundle):
+    model = ir.load(tiny_bundle.path / "prefill.onnx")
+    (add,) = (node for node in model.graph if node.name == "/model/layers.3/Add")
+    add.name = "/model/layers.3/Plus"
+    with pytest.raises(TargetError, match=r"16 additions to its residual .* found 15 and 17"):
+        retype(model, ir.DataType.FLOAT16)
+    retype(model, ir.DataType.BFLOAT16)
+
+
+def half_logits(bundle: Bundle, model: ir.Model, feeds: dict[str, Any]) -> FloatArray:
+    """What a graph in fp16 answers on the CPU; its float32 weights are the bundle's."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    rng = np.random.default_rng(0)
-    feeds = {
-        "input_ids": rng.integers(0, 4096, (2, 9)),
+    folder = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(folder, str(bundle.path))
+    # Optimisation would take the Casts that matter here for superfluous.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    data = ir.to_proto(model).SerializeToString()
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return run(session, feeds, np.float16)
+
+
+def run(session: Any, feeds: dict[str, Any], dtype: type) -> FloatArray:
+    batch = len(feeds["input_ids"])
+    caches = {
+        value.name: np.zeros((batch, *(size if isinstance(size, int) else 64 for size in
+                              value.shape[1:])), dtype)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }  # fmt: skip
+    logits: FloatArray = session.run(["logits"], feeds | caches)[0]
+    assert logits.dtype == np.float32
+    return logits
+
+
+def exact_logits(bundle: Bundle, feeds: dict[str, Any]) -> FloatArray:
+    session = ort.InferenceSession(
+        bundle.path / "prefill.onnx", providers=["CPUExecutionProvider"]
+    )
+    return run(session, feeds, np.float32)
+
+
+def some_feeds(vocab_size: int, rng: np.random.Generator) -> dict[str, Any]:
+    return {
+        "input_ids": rng.integers(0, vocab_size, (2, 9)),
         "past_lengths": np.zeros(2, np.int64),
         "logits_indices": np.array([[8], [4]]),
     }
-    logits = []
-    for path, dtype in ((tiny_bundle.path / "prefill.onnx", np.float32), ("fp16", np.float16)):
-        session = ort.InferenceSession(
-            tmp_path / "fp16.onnx" if path == "fp16" else path,
-            options,
-            providers=["CPUExecutionProvider"],
-        )
-        cache = {
-            value.name: np.zeros((2, 2, CAPACITY, 32), dtype)
-            for value in session.get_inputs()
-            if value.name.startswith("past_key_values")
-        }
-        logits.append(session.run(["logits"], feeds | cache)[0])
-    exact, half = logits
-    assert half.dtype == np.float32
+
+
+def test_a_graph_retyped_to_fp16_answers_like_the_fp32_graph(tiny_bundle, rng):
+    feeds = some_feeds(4096, rng)
+    exact = exact_logits(tiny_bundle, feeds)
+    half = half_logits(tiny_bundle, graph(tiny_bundle, "prefill", "fp16"), feeds)
     # fp16 has 11 bits: 5e-4 per rounding, growing with the square root of 8 layers' additions.
     assert 1e-6 < np.abs(half - exact).max() / np.abs(exact).max() < 1e-2
+
+
+@pytest.fixture(scope="module")
+def loud_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[float], Bundle]:
+    """Builds a model whose residual stream is 65,000 in one channel, give or take a layer."""
+    root = tmp_path_factory.mktemp("loud")
+
+    @cache
+    def bundle(gain: float) -> Bundle:
+        folder = small_checkpoint(root / f"model-{gain}", tie_word_embeddings=False)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"][:, 0] = 65_000
+        for name in ("mlp.down_proj", "self_attn.o_proj"):
+            weights[f"model.layers.0.{name}.weight"][0] *= gain
+        save_file(weights, folder / "model.safetensors")
+        return build(folder, root / f"bundle-{gain}", BuildOptions(verify=False))
+
+    return bundle
+
+
+def test_a_residual_stream_beyond_float16_does_not_overflow(loud_bundle, monkeypatch, rng):
+    bundle = loud_bundle(3000)
+    feeds = some_feeds(101, rng)
+    exact = exact_logits(bundle, feeds)
+    model = engine_graph(bundle, "prefill", dtype="fp16", capacity=64)
+    half = half_logits(bundle, model, feeds)
+    assert np.abs(half - exact).max() / np.abs(exact).max() < 1e-2
+    # Were the stream float16 as well, it would.
+    monkeypatch.setattr("qwen_export.passes.retype.residual_nodes", lambda graph: ())
+    model = engine_graph(bundle, "prefill", dtype="fp16", capacity=64)
+    assert not np.isfinite(half_logits(bundle, model, feeds)).all()
+
+
+def test_the_range_of_linear_layers_is_measured(tiny_bundle, loud_bundle):
+    found = check_float16_range(tiny_bundle)
+    assert found.node == "/model/layers.7/mlp/down_proj/MatMul"
+    assert 100 < found.largest < 1000
+    assert found.tokens > 500
+    # The residual stream of this one is beyond float16, which does not matter.
+    assert check_float16_range(loud_bundle(3000)).largest < 5000
+
+
+def test_a_linear_layer_near_float16s_end_is_named(loud_bundle):
+    with pytest.raises(
+        TargetError, match=r"needs values within ±32,752, .*/model/layers\.0/self_attn/o_proj"
+    ) as caught:
+        check_float16_range(loud_bundle(60_000))
+    assert caught.value.names[0] == "/model/layers.0/self_attn/o_proj/MatMul"

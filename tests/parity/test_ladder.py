@@ -55,6 +55,14 @@ def test_same_tokens_run_two_ways_give_the_same_bits(untied_report: ParityReport
     assert all(item.bit_equal for item in untied_report.invariants)
 
 
+def test_every_tensor_of_floats_is_the_checkpoints(untied_report: ParityReport) -> None:
+    stored = untied_report.stored
+    # Embedding, output projection and last norm; of each of two layers seven linear layers, three
+    # biases and two norms.
+    assert stored.tensors == stored.exact == 3 + 2 * (7 + 3 + 2)
+    assert (stored.max_share, stored.worst, stored.departed) == (0, None, ())
+
+
 def test_every_negative_control_fails_by_far(untied_report: ParityReport) -> None:
     errors = {item.key: item.error for item in untied_report.controls}
     assert errors.keys() == {"wrong theta", "swapped halves", "past_lengths off by one"}
@@ -72,8 +80,12 @@ def test_changed_weight_fails_from_the_first_rung_on(
     report = verify(Bundle.open(untied_copy), golden_checkpoint("qwen2_untied"))
     assert not report.passed
     assert report.summary().status == "failed"
-    assert "prefill whole, prompt" in (report.first_departure or "")
-    assert "is above the tolerance 1e-4" in (report.first_departure or "")
+    assert report.stored.departed == ("model.layers.1.mlp.up_proj.weight",)
+    assert report.first_departure == report.stored.problem
+    assert "must hold the checkpoint's own numbers, but [5, 3] is" in (report.stored.problem or "")
+    described = report.departures[0].describe(report.tolerance)
+    assert described.startswith("prefill whole, prompt")
+    assert "is above the tolerance 1e-4" in described
 
 
 def test_changed_rope_table_departs_at_the_changed_position(
@@ -207,7 +219,8 @@ def test_progress_names_every_long_step(
     bundle = Bundle.open(golden_bundle("qwen2_untied"))
     verify(bundle, golden_checkpoint("qwen2_untied"), progress=record)
     assert list(amounts) == [
-        "Running prefill", "Running decode", "Running the original", "Comparing",
+        "Comparing stored weights", "Running prefill", "Running decode", "Running the original",
+        "Comparing",
     ]  # fmt: skip
     assert all(total == done for total, done in amounts.values())
 

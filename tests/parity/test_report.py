@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from qwen_export.parity import ParityReport
 from qwen_export.parity.page import render
+from qwen_export.parity.quality import Quality
 from qwen_export.parity.report import PositionResult, format_error
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -67,6 +69,21 @@ def test_infinite_error_is_valid_json_and_a_valid_summary(failed_report: ParityR
     error = failed_report.summary().max_logit_error
     assert error is not None
     assert np.isfinite(error)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_quality_that_is_not_finite_is_valid_json_and_a_valid_summary(
+    untied_report: ParityReport, bad: float
+) -> None:
+    quality = Quality(10, bad, bad, 1.0, 0.5, bad, bad, bad, bad, bad)
+    report = replace(untied_report, quality=quality)
+    data = json.loads(report.to_json())
+    assert data["quality"]["mean_kl"] == str(bad)
+    summary = report.summary().quality
+    assert summary is not None
+    largest = sys.float_info.max
+    assert (summary.mean_kl, summary.max_kl, summary.max_logit_error) == (largest,) * 3
+    assert (summary.served_error, summary.mean_served_error) == (largest,) * 2
 
 
 def test_page_refers_to_nothing_outside_it(untied_report: ParityReport) -> None:

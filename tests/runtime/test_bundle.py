@@ -122,9 +122,9 @@ def test_manifest_that_is_no_json_is_refused(bundle: Path, content: str) -> None
 
 def test_newer_schema_is_refused_with_both_versions(bundle: Path) -> None:
     # A newer manifest may look different everywhere else too.
-    edit(bundle, lambda manifest: manifest.update(schema_version=2, something_new=True))
+    edit(bundle, lambda manifest: manifest.update(schema_version=3, something_new=True))
 
-    with pytest.raises(BundleError, match="schema_version must be at most 1, got 2; install"):
+    with pytest.raises(BundleError, match="schema_version must be at most 2, got 3; install"):
         Bundle.open(bundle)
 
 

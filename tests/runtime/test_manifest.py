@@ -19,6 +19,9 @@ from qwen_runtime.manifest import (
     Manifest,
     ModelEntry,
     ParitySummary,
+    QualitySummary,
+    QuantizationEntry,
+    QuantizedGroup,
     TensorEntry,
     TokenizerEntry,
     WeightsEntry,
@@ -51,6 +54,67 @@ def test_bundle_without_tokenizer_is_read_back_unchanged(
     assert Manifest.read(tmp_path) == plain
 
 
+def test_quantised_bundle_is_read_back_unchanged(manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(quantized(manifest).to_json(), "utf-8")
+
+    assert Manifest.read(tmp_path) == quantized(manifest)
+
+
+def quantized(manifest: Manifest) -> Manifest:
+    groups = (
+        QuantizedGroup("linear", "int4", 32, "gptq", 14, 1000),
+        QuantizedGroup("float", "fp32", None, None, 5, 200),
+    )
+    quality = QualitySummary(10, 0.1, 0.5, 0.9, 0.2, 0.01, 0.005)
+    return replace(
+        manifest,
+        precision="int4",
+        quantization=QuantizationEntry(4, 32, "gptq", "0" * 64, groups),
+        parity=ParitySummary("passed", 1e-6, 1e-4, 10, 0, quality),
+    )
+
+
+def test_checkpoints_own_codes_have_no_format_of_ours(manifest: Manifest, tmp_path: Path) -> None:
+    groups = (QuantizedGroup("linear", "int4", 32, "imported", 14, 1000),)
+    entry = QuantizationEntry(None, None, None, None, groups)
+    imported = replace(quantized(manifest), quantization=entry)
+    (tmp_path / "manifest.json").write_text(imported.to_json(), "utf-8")
+
+    assert Manifest.read(tmp_path) == imported
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_json_does_not_have_are_not_written(manifest: Manifest, bad: float) -> None:
+    broken = replace(manifest, parity=ParitySummary("failed", bad, 1e-4, 10, 0))
+    with pytest.raises(BundleError, match="every number must be finite"):
+        broken.to_json()
+
+
+def test_numbers_that_json_does_not_have_are_not_read(manifest: Manifest, tmp_path: Path) -> None:
+    text = replace(manifest, parity=ParitySummary("failed", 12345.0, 1e-4, 10, 0)).to_json()
+    (tmp_path / "manifest.json").write_text(text.replace("12345.0", "NaN"), "utf-8")
+    with pytest.raises(BundleError, match="NaN is no number in JSON"):
+        Manifest.read(tmp_path)
+
+
+def test_manifest_of_the_first_version_is_still_read(manifest: Manifest, tmp_path: Path) -> None:
+    raw = json.loads(manifest.to_json()) | {"schema_version": 1}
+    del raw["quantization"], raw["parity"]["quality"]
+    (tmp_path / "manifest.json").write_text(json.dumps(raw), "utf-8")
+
+    assert Manifest.read(tmp_path) == replace(manifest, schema_version=1)
+
+
+@pytest.mark.parametrize(("precision", "with_entry"), [("fp32", True), ("int8", False)])
+def test_precision_and_quantization_must_agree(
+    manifest: Manifest, precision: str, with_entry: bool
+) -> None:
+    entry = quantized(manifest).quantization if with_entry else None
+    needs = "no entry" if with_entry else "an entry"
+    with pytest.raises(BundleError, match=f"quantization: precision {precision} needs {needs}"):
+        replace(manifest, precision=precision, quantization=entry).to_json()
+
+
 def _objects(schema: dict[str, Any]) -> list[dict[str, Any]]:
     found = []
     if "properties" in schema:
@@ -70,6 +134,9 @@ def test_schema_describes_every_field_and_allows_no_other() -> None:
         Manifest,
         ModelEntry,
         ParitySummary,
+        QualitySummary,
+        QuantizationEntry,
+        QuantizedGroup,
         TensorEntry,
         TokenizerEntry,
         WeightsEntry,

@@ -7,7 +7,7 @@ is then given the same tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,10 +20,12 @@ __all__ = [
     "GREEDY_DECODE",
     "OFF_BY_ONE",
     "PREFILL_WHOLE",
+    "SERVED",
     "Case",
     "Invariant",
     "decode_cases",
     "prefill_cases",
+    "served_cases",
 ]
 
 MAX_WANTED = 48
@@ -49,8 +51,14 @@ class Case:
 
 
 PREFILL_WHOLE = "prefill whole"
+SERVED = "as served"
 OFF_BY_ONE = "past_lengths off by one"
 GREEDY_DECODE = "greedy decode"
+ONE_TOKEN = "one token: a row in a batch = the row alone"
+GROWN = "decode: before growth = after growth"
+COPIED = "prefill: after a copied prefix = whole"
+AS_SERVED = "as served, "
+"""Begins the names of invariants of int8 activations."""
 CASES = {
     case.key: case
     for case in (
@@ -110,7 +118,7 @@ def prefill_cases(
     _prefill_chunks(runner, prompts, seen)
     advance(1)
     invariants = _prefill_batch(runner, prompts, seen)
-    invariants.append(_invariant("one token: a row in a batch = the row alone", together, alone))
+    invariants.append(_invariant(ONE_TOKEN, together, alone))
     _prefill_copied(runner, longest, prompts, seen)
     advance(1)
     return tokens, invariants
@@ -146,15 +154,54 @@ def decode_cases(
     alone = _replay(runner, prompt, answer)
     _add(seen, "greedy decode, one row", control, len(prompt.tokens), alone)
     invariants = []
-    room = runner.limits.max_context - runner.capacity
-    if room > 0 and len(answer) > 1:
-        grown = _replay(runner, prompt, answer, grow_to=runner.capacity + min(GROWTH, room))
+    grown = _grown(runner, prompt, answer)
+    if grown is not None:
         _add(seen, "greedy decode, growing", control, len(prompt.tokens), grown)
-        invariants.append(_invariant("decode: before growth = after growth", grown, alone))
+        invariants.append(_invariant(GROWN, grown, alone))
     shifted = _replay(runner, prompt, answer, past=len(prompt.tokens) - 1)
     _add(seen, OFF_BY_ONE, control, len(prompt.tokens), shifted)
     advance(1)
     return invariants
+
+
+def served_cases(
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[IntArray],
+    seen: Observations,
+    advance: Advance,
+) -> list[Invariant]:
+    """Run a quantised bundle the way it is served, over prompts and answers.
+
+    Args:
+        runner: Serves both phases with the prefill graph and int8 activations.
+        prompts: One slot each.
+        tokens: The answer to each prompt, to be fed again.
+        seen: Takes the logits, under `SERVED`.
+        advance: Called with 1 after each case.
+
+    Returns:
+        The invariants.
+    """
+    longest = max(range(len(prompts)), key=lambda i: _wanted_whole(prompts[i]))
+    _prefill_whole(runner, prompts, seen, SERVED)
+    advance(1)
+    batch = _Keep()
+    _decode(runner, prompts, None, SERVED, seen, feed=tokens, keep=batch)
+    answer = tokens[longest][:FEW_STEPS]
+    together = batch.rows(longest)[: len(answer)]
+    alone = _replay(runner, prompts[longest], answer)
+    invariants = _prefill_batch(runner, prompts, None)
+    invariants.append(_invariant(ONE_TOKEN, together, alone))
+    copied = _copied(runner, longest, prompts)
+    if copied is not None:
+        (whole,) = runner.prefill([0], [prompts[longest].tokens], [0], [len(copied)])
+        invariants.append(_invariant(COPIED, copied, whole))
+    grown = _grown(runner, prompts[longest], answer)
+    if grown is not None:
+        invariants.append(_invariant(GROWN, grown, alone))
+    advance(1)
+    return [replace(item, name=AS_SERVED + item.name) for item in invariants]
 
 
 def _wanted_whole(prompt: Prompt) -> int:
@@ -165,12 +212,14 @@ def _add(seen: Observations, case: str, row: int, first: int, logits: FloatArray
     seen.add(case, row, range(first, first + len(logits)), logits)
 
 
-def _prefill_whole(runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations) -> None:
+def _prefill_whole(
+    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations, case: str = PREFILL_WHOLE
+) -> None:
     runner.allocate(len(prompts) + 1, 1)
     for slot, prompt in enumerate(prompts):
         want = _wanted_whole(prompt)
         (logits,) = runner.prefill([slot], [prompt.tokens], [0], [want])
-        _add(seen, PREFILL_WHOLE, slot, len(prompt.tokens) - want, logits)
+        _add(seen, case, slot, len(prompt.tokens) - want, logits)
 
 
 def _prefill_ragged(
@@ -201,8 +250,9 @@ def _prefill_chunks(runner: ModelRunner, prompts: Sequence[Prompt], seen: Observ
 
 
 def _prefill_batch(
-    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations
+    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations | None
 ) -> list[Invariant]:
+    """Rows together and one by one; without ``seen`` only to compare the two."""
     length = min(BATCH_TOKENS, max(len(prompt.tokens) for prompt in prompts))
     rows = [i for i, prompt in enumerate(prompts) if len(prompt.tokens) >= length]
     heads = [prompts[row].tokens[:length] for row in rows]
@@ -210,6 +260,8 @@ def _prefill_batch(
     together = runner.prefill(range(n), heads, [0] * n, [length] * n)
     alone = [runner.prefill([0], [head], [0], [length])[0] for head in heads]
     for row, batched, single in zip(rows, together, alone, strict=True):
+        if seen is None:
+            continue
         _add(seen, "prefill batch", row, 0, batched)
         _add(seen, "prefill batch, row by row", row, 0, single)
     name = f"prefill: a batch of {n} = {n} batches of one"
@@ -219,15 +271,23 @@ def _prefill_batch(
 def _prefill_copied(
     runner: ModelRunner, row: int, prompts: Sequence[Prompt], seen: Observations
 ) -> None:
+    logits = _copied(runner, row, prompts)
+    if logits is not None:
+        first = len(prompts[row].tokens) - len(logits)
+        _add(seen, "prefill after a copied prefix", row, first, logits)
+
+
+def _copied(runner: ModelRunner, row: int, prompts: Sequence[Prompt]) -> FloatArray | None:
+    """The last logits of a prompt whose first half another slot had; None for one token."""
     tokens, spare = prompts[row].tokens, len(prompts)
     half = len(tokens) // 2
     if not half:
-        return
+        return None
     runner.prefill([row], [tokens], [0], [0])
     runner.copy(row, spare, half)
     want = min(len(tokens) - half, MAX_WANTED)
     (logits,) = runner.prefill([spare], [tokens[half:]], [half], [want])
-    _add(seen, "prefill after a copied prefix", row, len(tokens) - want, logits)
+    return logits
 
 
 class _Keep:
@@ -297,6 +357,14 @@ def _replay(
             runner.grow(grow_to)
         steps.append(runner.decode([0], [int(token)])[0].copy())
     return np.stack(steps) if steps else np.empty((0, runner.limits.vocab_size), np.float32)
+
+
+def _grown(runner: ModelRunner, prompt: Prompt, answer: IntArray) -> FloatArray | None:
+    """`_replay` with the capacity raised half way; None where the context has no room for it."""
+    room = runner.limits.max_context - runner.capacity
+    if room <= 0 or len(answer) < 2:
+        return None
+    return _replay(runner, prompt, answer, grow_to=runner.capacity + min(GROWTH, room))
 
 
 def _invariant(name: str, left: FloatArray, right: FloatArray) -> Invariant:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import numpy as np
+import torch
 
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.errors import ParityError
@@ -21,15 +22,20 @@ from qwen_export.parity.cases import (
     GREEDY_DECODE,
     OFF_BY_ONE,
     PREFILL_WHOLE,
+    SERVED,
     Invariant,
     decode_cases,
     prefill_cases,
+    served_cases,
 )
 from qwen_export.parity.judge import judge
 from qwen_export.parity.observations import Observations
+from qwen_export.parity.original import BundleWeights
 from qwen_export.parity.prompts import Prompt, PromptSet, make_prompts
+from qwen_export.parity.quality import Projected, Quality, measure_quality
 from qwen_export.parity.reference import ReferenceBatch, Rope, StreamedReference
 from qwen_export.parity.report import ParityReport
+from qwen_export.parity.stored import compare_stored
 from qwen_export.parity.summarise import CONTROLS, WIDE_WINDOW, Evidence, summarise
 from qwen_export.progress import Progress, no_progress
 from qwen_runtime.backends.base import IntArray
@@ -50,6 +56,11 @@ def verify(
 ) -> ParityReport:
     """Compare a bundle with the checkpoint it was built from.
 
+    First every stored weight is compared with the checkpoint's, then logits and tokens with those
+    of PyTorch. A quantised bundle is run twice. Computed in fp32 it must give what the original gives
+    with the bundle's own weights, which proves the graphs; as it is served, its distance from the
+    original is measured, which says what quantisation costs.
+
     Args:
         bundle: The bundle; it is not written to.
         checkpoint: The original.
@@ -65,9 +76,11 @@ def verify(
     """
     began = time.perf_counter()
     _require_comparable(bundle, checkpoint)
+    stored = compare_stored(bundle, checkpoint, progress)
     tolerance = TOLERANCES[bundle.manifest.compute_dtype]
     allowed = tolerance.at_depth(checkpoint.config.num_hidden_layers)
-    reference = StreamedReference(checkpoint)
+    quantized = bundle.manifest.quantization is not None
+    reference = StreamedReference(BundleWeights(bundle, checkpoint) if quantized else checkpoint)
     window = reference.sliding_window
     chosen = make_prompts(bundle, window)
     prompts = chosen.prompts
@@ -92,6 +105,11 @@ def verify(
             for index, state in zip(indices, batch, strict=True)
         }
         ordered = [hidden[i] for i in range(first + len(wrong))]
+        quality = (
+            _quality(seen, chosen, rows, ordered, reference, checkpoint, progress)
+            if quantized
+            else None
+        )
         with progress("Comparing", sum(map(len, ordered))) as advance:
             judged, tops = judge(
                 seen,
@@ -110,6 +128,8 @@ def verify(
             tuple(invariants),
             tuple(key for key in CONTROLS if key != WIDE_WINDOW or window is not None),
             skipped,
+            stored,
+            quality,
         ),
         source=bundle.manifest.source,
         num_layers=checkpoint.config.num_hidden_layers,
@@ -148,6 +168,14 @@ def _require_comparable(bundle: Bundle, checkpoint: Checkpoint) -> None:
                 f"{theirs}; name the right one",
                 path=bundle.path,
             )
+    tied = checkpoint.resolve_tying().tied
+    if manifest.weights.tied != tied:
+        raise ParityError(
+            f"{bundle.path} must be verified against the checkpoint it was built from "
+            f"({manifest.source}), but {checkpoint.path} has {'one table' if tied else 'two tables'} "
+            "for embedding and output projection and the bundle has not; name the right one",
+            path=bundle.path,
+        )
     if manifest.compute_dtype not in TOLERANCES:
         raise ParityError(
             f"{bundle.path}: compute_dtype must be one of {', '.join(TOLERANCES)} to be "
@@ -163,18 +191,60 @@ def _run_bundle(
     seen: Observations,
     progress: Progress,
 ) -> tuple[list[IntArray], list[Invariant]]:
+    quantized = bundle.manifest.quantization is not None
     # One after the other: the packed weights are gone before both graphs are opened.
     with (
         progress("Running prefill", 4) as advance,
-        closing(OnnxRuntimeRunner(bundle)) as runner,
+        closing(OnnxRuntimeRunner(bundle, exact=quantized)) as runner,
     ):
         answers, invariants = prefill_cases(runner, prompts, seen, advance)
     with (
         progress("Running decode", 2) as advance,
-        closing(OnnxRuntimeRunner(bundle, decode_graph=True)) as runner,
+        closing(OnnxRuntimeRunner(bundle, decode_graph=True, exact=quantized)) as runner,
     ):
         invariants += decode_cases(runner, prompts, answers, control, seen, advance)
+    if quantized:
+        # fp32 activations meet quantised weights in another kernel for one token than for many;
+        # what a caller sees is whether the kernels that serve differ.
+        with (
+            progress("Running as served", 2) as advance,
+            closing(OnnxRuntimeRunner(bundle, packed_cache=False)) as runner,
+        ):
+            invariants += served_cases(runner, prompts, answers, seen, advance)
     return answers, invariants
+
+
+def _quality(
+    seen: Observations,
+    chosen: PromptSet,
+    rows: Sequence[IntArray],
+    exact: Sequence[torch.Tensor],
+    reference: StreamedReference,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Quality:
+    """Run the original with its own weights and measure the served bundle by it."""
+    original = StreamedReference(checkpoint)
+    wanted = [seen.positions(row, SERVED) for row in range(len(rows))]
+    batches = [
+        ReferenceBatch(tuple(rows[i] for i in group), tuple(wanted[i] for i in group))
+        for group in _groups(chosen)
+    ]
+    with progress("Running the original unquantised", original.num_layers) as advance:
+        states = original.hidden_states(batches, advance)
+    hidden: dict[int, torch.Tensor] = {}
+    for group, batch in zip(_groups(chosen), states, strict=True):
+        hidden.update(zip(group, batch, strict=True))
+    kept = [
+        state[np.searchsorted(seen.positions(row), wanted[row])]
+        for row, state in enumerate(exact[: len(rows)])
+    ]
+    with progress("Measuring quality"):
+        return measure_quality(
+            seen,
+            Projected([hidden[row] for row in range(len(rows))], original.logits),
+            Projected(kept, reference.logits),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,18 +293,21 @@ def _batches(
     seen: Observations,
 ) -> list[tuple[ReferenceBatch, tuple[int, ...]]]:
     """What the reference runs, and the index of each of its rows."""
-    single = [i for i in range(len(rows)) if i not in chosen.left_padded]
     batches: list[tuple[ReferenceBatch, tuple[int, ...]]] = [
-        (ReferenceBatch((rows[i],), (seen.positions(i),)), (i,)) for i in single
-    ]
-    if chosen.left_padded:
-        padded = chosen.left_padded
-        batch = ReferenceBatch(
-            tuple(rows[i] for i in padded), tuple(seen.positions(i) for i in padded)
+        (
+            ReferenceBatch(tuple(rows[i] for i in group), tuple(seen.positions(i) for i in group)),
+            group,
         )
-        batches.append((batch, padded))
+        for group in _groups(chosen)
+    ]
     for index, item in enumerate(wrong, len(rows)):
         positions = (seen.positions(index),)
         batch = ReferenceBatch((rows[item.row],), positions, item.rope, item.widened)
         batches.append((batch, (index,)))
     return batches
+
+
+def _groups(chosen: PromptSet) -> list[tuple[int, ...]]:
+    """Indices of prompts that the reference runs together: one, or those it pads on the left."""
+    groups = [(i,) for i in range(len(chosen.prompts)) if i not in chosen.left_padded]
+    return groups + ([chosen.left_padded] if chosen.left_padded else [])

@@ -32,12 +32,12 @@ class Observations:
 
     A large vocabulary makes gigabytes of logits, while memory is to stay near the largest tensor.
 
-    Args:
+    Attributes:
         vocab_size: V.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._file = tempfile.TemporaryFile(prefix="qwen-export-logits-")  # noqa: SIM115 - closed in __exit__
         self._num_rows = 0
         self._all: list[Observation] = []
@@ -53,13 +53,13 @@ class Observations:
 
     def add(self, case: str, row: int, positions: Sequence[int], logits: FloatArray) -> None:
         """Keep logits [n, V] of n positions."""
-        if logits.shape != (len(positions), self._vocab_size):
+        if logits.shape != (len(positions), self.vocab_size):
             raise AssertionError(f"{case}: {logits.shape} logits for {len(positions)} positions")
         if not len(positions):
             return
         kept = np.asarray(positions, np.int64)
         self._all.append(Observation(case, row, kept, self._num_rows))
-        self._file.seek(self._num_rows * self._vocab_size * 4)
+        self._file.seek(self._num_rows * self.vocab_size * 4)
         self._file.write(np.ascontiguousarray(logits, np.float32).data)
         self._num_rows += len(kept)
 
@@ -70,10 +70,12 @@ class Observations:
 
     def read(self, item: Observation, index: int) -> FloatArray:
         """Logits of ``item.positions[index]``, [V]."""
-        self._file.seek((item.first + index) * self._vocab_size * 4)
-        return np.frombuffer(self._file.read(self._vocab_size * 4), np.float32)
+        self._file.seek((item.first + index) * self.vocab_size * 4)
+        return np.frombuffer(self._file.read(self.vocab_size * 4), np.float32)
 
-    def positions(self, row: int) -> IntArray:
-        """Every position of a row that any case observed, sorted."""
-        found = [item.positions for item in self._all if item.row == row]
+    def positions(self, row: int, case: str | None = None) -> IntArray:
+        """Every position of a row that a case observed, or any case, sorted."""
+        found = [
+            item.positions for item in self._all if item.row == row and case in (None, item.case)
+        ]
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)

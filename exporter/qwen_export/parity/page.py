@@ -7,12 +7,14 @@ from html import escape
 from importlib import resources
 
 from qwen_export.parity.chart import NUM_HUES, errors_by_step, scale_strip
+from qwen_export.parity.quality import Quality
 from qwen_export.parity.report import (
     ControlResult,
     ParityReport,
     PositionResult,
     format_error,
 )
+from qwen_export.parity.stored import StoredWeights
 
 __all__ = ["render"]
 
@@ -41,8 +43,10 @@ def render(report: ParityReport) -> str:
             "is the answer.</figcaption></figure>",
         ),
         _section("Prompts", _prompts(report)),
+        _section("Stored weights", _stored(report.stored)),
         _section("Cases", _cases(report)),
         _section("Negative controls", _controls(report)),
+        *([_section("As it is served", _quality(report.quality))] if report.quality else []),
         _section("The same tokens, run two ways", _invariants(report)),
         *(
             [_section("Where it departs", _positions(report.departures))]
@@ -111,6 +115,11 @@ def _compared(report: ParityReport) -> str:
         f"{escape(report.tolerance_reason)}. A token that differs is a tie only where the "
         "original's two best logits are closer than 10 times the difference.</p>"
     )
+    if report.quality is not None:
+        body += (
+            "<p>The weights are quantised: the original was given the bundle's own weights, codes "
+            "times scales, and the bundle multiplied them in fp32.</p>"
+        )
     body += "".join(f'<p class="soft">Note: {escape(note)}.</p>' for note in report.notes)
     return _section("What was compared", body)
 
@@ -174,6 +183,48 @@ def _control_verdict(item: ControlResult) -> str:
     if item.note is not None:
         return f'<span class="soft">does not apply: {escape(item.note)}</span>'
     return "yes" if item.detected else "<strong>no: the check is blind</strong>"
+
+
+def _stored(stored: StoredWeights) -> str:
+    rows = [
+        ["tensors compared", f"{stored.tensors:,}"],
+        ["with the checkpoint's own bits", f"{stored.exact:,}"],
+        ["not made of the checkpoint's", f"{len(stored.departed):,}"],
+    ]
+    if stored.worst is not None:
+        rows += [
+            ["largest relative squared error of an output", f"{format_error(stored.max_error)}"],
+            ["largest share of what codes may cost", f"{stored.max_share:.1%}, {stored.worst}"],
+        ]
+    problem = "" if stored.problem is None else f"<p>{escape(stored.problem)}.</p>"
+    return (
+        "<p>Every value of the weights file was compared with the checkpoint. Floats and codes of "
+        "a quantised checkpoint must be the same numbers; where weights were quantised, no output "
+        "may be further off than half a step of each weight's block, for gptq two steps.</p>"
+        + problem
+        + _table(("", ""), [[escape(name), escape(value)] for name, value in rows], (1,))
+    )
+
+
+def _quality(quality: Quality) -> str:
+    rows = [
+        ["positions", f"{quality.positions:,}"],
+        ["same token as the original", f"{quality.top1_agreement:.1%}"],
+        ["KL(original || served), mean", f"{format_error(quality.mean_kl)} nats"],
+        ["KL(original || served), largest", f"{format_error(quality.max_kl)} nats"],
+        ["KL(original || fp32 activations), mean", f"{format_error(quality.exact_mean_kl)} nats"],
+        ["KL of ignoring the context", f"{format_error(quality.context_kl)} nats"],
+        ["logit error against the original, mean", format_error(quality.mean_logit_error)],
+        ["logit error against the original, largest", format_error(quality.max_logit_error)],
+        ["logit error of int8 activations, mean", format_error(quality.mean_served_error)],
+        ["logit error of int8 activations, largest", format_error(quality.max_served_error)],
+    ]
+    return (
+        "<p>Everything above is computed with fp32 activations, and its original has the bundle's "
+        "own weights, codes times scales: it proves the graphs. Requests are served with int8 "
+        "activations; below, that is compared with the original's unquantised weights.</p>"
+        + _table(("", ""), [[escape(name), value] for name, value in rows], (1,))
+    )
 
 
 def _invariants(report: ParityReport) -> str:

@@ -24,6 +24,7 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 from qwen_export.checkpoint import Checkpoint
+from qwen_export.parity.original import CheckpointWeights, ReferenceWeights
 from qwen_runtime.backends.base import FloatArray, IntArray
 
 __all__ = ["ReferenceBatch", "Rope", "StreamedReference"]
@@ -77,20 +78,21 @@ _MASKS: dict[str, Callable[..., Any]] = {
 
 
 class StreamedReference:
-    """A checkpoint as transformers runs it in fp32 with eager attention.
+    """A model as transformers runs it in fp32 with eager attention.
 
     The config is read by transformers, not by our reader, so that a misread key shows.
 
     Args:
-        checkpoint: An opened checkpoint.
+        weights: An opened checkpoint, or what a bundle made of its weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._tying = checkpoint.resolve_tying()
-        self._classes = _CLASSES[checkpoint.config.model_type]
+    def __init__(self, weights: Checkpoint | ReferenceWeights) -> None:
+        if isinstance(weights, Checkpoint):
+            weights = CheckpointWeights(weights)
+        self._weights = weights
+        self._classes = _CLASSES[weights.config.model_type]
         self._config = AutoConfig.from_pretrained(
-            checkpoint.path, attn_implementation="eager", local_files_only=True
+            weights.path, attn_implementation="eager", local_files_only=True
         )
 
     @property
@@ -183,32 +185,31 @@ class StreamedReference:
 
         The table is read in blocks of rows; callers bound n.
         """
-        name = self._tying.lm_head
-        table = self._checkpoint.read(name)
-        rows = max(1, TABLE_BLOCK_BYTES // (4 * table.shape[1]))
-        logits = np.empty((len(hidden), table.shape[0]), np.float32)
-        for start in range(0, table.shape[0], rows):
-            block = _float32(table[start : start + rows])
+        name = self._weights.tying.lm_head
+        vocab_size = int(self._config.vocab_size)
+        rows = max(1, TABLE_BLOCK_BYTES // (4 * hidden.shape[1]))
+        logits = np.empty((len(hidden), vocab_size), np.float32)
+        for start in range(0, vocab_size, rows):
+            block = _float32(self._weights.rows(name, slice(start, start + rows)))
             logits[:, start : start + rows] = nn.functional.linear(hidden, block).numpy()
-            self._checkpoint.release(name)
+            self._weights.release(name)
         return logits
 
     def _embed(self, token_ids: IntArray) -> Tensor:
-        name = self._tying.embedding
-        rows = _float32(self._checkpoint.read(name)[token_ids.ravel()])
-        self._checkpoint.release(name)
+        name = self._weights.tying.embedding
+        rows = _float32(self._weights.rows(name, token_ids.ravel()))
+        self._weights.release(name)
         return rows.view(*token_ids.shape, -1)
 
     def _module(self, make: Callable[[], nn.Module], prefix: str) -> nn.Module:
         """A module of transformers with its weights; every one must be there, and no other."""
         with torch.device("meta"):
             module = make()
-        names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
         state = {}
-        for name in names:
-            if name not in self._checkpoint.harmless:
-                state[name.removeprefix(prefix)] = _float32(self._checkpoint.read(name))
-                self._checkpoint.release(name)
+        for name in self._weights.names:
+            if name.startswith(prefix):
+                state[name.removeprefix(prefix)] = _float32(self._weights.read(name))
+                self._weights.release(name)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval()
 

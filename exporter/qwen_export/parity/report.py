@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen_export.parity.cases import Invariant
+from qwen_export.parity.quality import Quality, finite
+from qwen_export.parity.stored import StoredWeights
 from qwen_runtime.manifest import ParitySummary
 from qwen_runtime.reference_data import REFERENCE_FILE, ReferenceData
 
@@ -144,6 +147,10 @@ class ParityReport:
     cases: tuple[CaseResult, ...]
     controls: tuple[ControlResult, ...]
     invariants: tuple[Invariant, ...]
+    stored: StoredWeights
+    """The weights file against the checkpoint."""
+    quality: Quality | None
+    """How far a quantised bundle, as it is served, is from the original; None for floats."""
     series: tuple[Series, ...]
     departures: tuple[PositionResult, ...]
     """Failed positions, the earliest of every case and prompt, in the order of the ladder."""
@@ -161,7 +168,9 @@ class ParityReport:
     def passed(self) -> bool:
         """Whether the bundle answers like the original, and every control was told apart."""
         compared = any(case.positions for case in self.cases)
-        return compared and not self.departures and not any(c.blind for c in self.controls)
+        proved = not self.departures and not any(c.blind for c in self.controls)
+        proved = proved and self.stored.problem is None
+        return compared and proved and (self.quality is None or self.quality.problem is None)
 
     @property
     def max_error(self) -> float:
@@ -181,6 +190,9 @@ class ParityReport:
     @property
     def first_departure(self) -> str | None:
         """Where the bundle first departs from the original, in words; None if it passed."""
+        if self.stored.problem is not None:
+            more = len(self.stored.departed) - 1
+            return self.stored.problem + (f" (and {more} more tensors)" if more else "")
         if self.departures:
             return self.departures[0].describe(self.tolerance)
         for control in self.controls:
@@ -190,17 +202,19 @@ class ParityReport:
                     f"{format_error(control.error or 0.0)}, within the tolerance "
                     f"{format_error(self.tolerance)}"
                 )
+        if self.quality is not None and self.quality.problem is not None:
+            return self.quality.problem
         return None if self.passed else "nothing could be compared"
 
     def summary(self) -> ParitySummary:
         """The manifest's entry."""
         return ParitySummary(
             status="passed" if self.passed else "failed",
-            # JSON has no infinity; the largest float says as much.
-            max_logit_error=min(self.max_error, 1.7976931348623157e308),
+            max_logit_error=finite(self.max_error),
             tolerance=self.tolerance,
             tokens_compared=self.tokens_compared,
             ties=self.ties,
+            quality=None if self.quality is None else self.quality.summary(),
         )
 
     def to_json(self) -> str:
@@ -215,7 +229,8 @@ class ParityReport:
             "tokens_compared": self.tokens_compared,
             "ties": self.ties,
         }
-        return json.dumps(_finite(head | data), indent=1, ensure_ascii=False) + "\n"
+        document = _by_name(head | data)
+        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write parity.json, parity.html and reference.npz into a folder, replacing old ones."""
@@ -226,10 +241,10 @@ class ParityReport:
         self.reference.write(folder / REFERENCE_FILE)
 
 
-def _finite(value: Any) -> Any:
-    """Infinite errors as the string "inf": JSON has no such number."""
+def _by_name(value: Any) -> Any:
+    """Numbers that JSON does not have as strings: "inf", "-inf", "nan"."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _by_name(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return "inf" if value == float("inf") else value
+        return [_by_name(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

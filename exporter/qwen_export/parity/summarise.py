@@ -10,6 +10,7 @@ import numpy as np
 from qwen_export.parity.cases import CASES, OFF_BY_ONE, Invariant
 from qwen_export.parity.judge import Judged, TopLogits
 from qwen_export.parity.prompts import Prompt
+from qwen_export.parity.quality import Quality
 from qwen_export.parity.report import (
     CaseResult,
     ControlResult,
@@ -18,6 +19,7 @@ from qwen_export.parity.report import (
     PromptResult,
     Series,
 )
+from qwen_export.parity.stored import StoredWeights
 from qwen_runtime.backends.base import IntArray
 from qwen_runtime.reference_data import ReferenceData, ReferenceRow
 
@@ -49,6 +51,10 @@ class Evidence:
     """Keys of the controls that a model of this kind has."""
     skipped_controls: Mapping[str, str]
     """Those of them that do not apply, and why."""
+    stored: StoredWeights
+    """The weights file against the checkpoint."""
+    quality: Quality | None = None
+    """Of a quantised bundle."""
 
 
 def summarise(
@@ -80,8 +86,10 @@ def summarise(
         tolerance_reason=tolerance_reason,
         prompts=tuple(_prompts(evidence, judged)),
         cases=tuple(_case(key, [i for i in judged if i.case == key]) for key in CASES),
+        stored=evidence.stored,
         controls=tuple(_control(key, evidence) for key in evidence.controls),
         invariants=evidence.invariants,
+        quality=evidence.quality,
         series=tuple(_series(prompts, judged)),
         departures=tuple(_departures(judged, prompts)),
         worst=tuple(sorted(positions, key=lambda p: -p.error)[:MAX_WORST]),

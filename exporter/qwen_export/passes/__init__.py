@@ -9,14 +9,17 @@ from qwen_export.passes.constants import share_constants
 from qwen_export.passes.dimensions import name_derived_dimensions, name_dimensions
 from qwen_export.passes.functions import define_cached_attention
 from qwen_export.passes.names import name_after_modules
+from qwen_export.passes.quantize import TIED_ALIASES, quantize
 
 __all__ = [
+    "TIED_ALIASES",
     "clean",
     "define_cached_attention",
     "infer_shapes",
     "name_after_modules",
     "name_derived_dimensions",
     "name_dimensions",
+    "quantize",
     "share_constants",
 ]
 

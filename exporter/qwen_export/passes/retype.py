@@ -5,11 +5,19 @@
 The graph stays strongly typed: every float32 value takes the new type, caches and rotary tables
 included, because RotaryEmbedding and TensorScatter want one type for all their operands, and
 RMSNormalization computes in fp32 inside whatever its operands are.
+
+float16 ends at 65,504, which the sums of Qwen2's residual stream exceed. So with that type the
+stream and the norms that read it stay float32, between Casts::
+
+    x (fp32) ─┬─ RMSNormalization ─ Cast ─ linear layers (fp16) ─ Cast ─ Add ─ x (fp32)
+              └──────────────────────────────────────────────────────────┘
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,18 +25,25 @@ import onnx_ir as ir
 
 from qwen_export.errors import TargetError
 
-__all__ = ["COMPUTE_DTYPES", "fix_capacity", "retype"]
+__all__ = ["COMPUTE_DTYPES", "fix_capacity", "residual_nodes", "retype"]
 
 COMPUTE_DTYPES = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
 """Types a graph can be retyped to, by the names users know."""
 
 _LOGITS = "logits"
+_RESIDUAL = re.compile(
+    r"/model/layers\.\d+/(Add(_1)?|(input|post_attention)_layernorm/RMSNormalization)"
+    r"|/GatherND|/model/norm/RMSNormalization"
+)
+"""Nodes whose operands and results are the residual stream and what norms make of it."""
 _BLOCK_VALUES = 1 << 24
 """Values cast at a time: bounds the float32 pages touched at once to 64 MB."""
 
 
 def retype(model: ir.Model, dtype: ir.DataType) -> None:
-    """Turn every float32 value of a graph into ``dtype``; ``logits`` stays float32 by a Cast.
+    """Turn float32 values of a graph into ``dtype``; ``logits`` stays float32 by a Cast.
+
+    With FLOAT16 the residual stream and its norms stay float32 as well.
 
     Weights are not read here. Each becomes a tensor that casts itself when its data are asked
     for, and keeps nothing: who hands weights to an engine holds one type of them at a time.
@@ -48,15 +63,39 @@ def retype(model: ir.Model, dtype: ir.DataType) -> None:
         )
     graph = model.graph
     _refuse_typed_attributes(graph)
+    exact = residual_nodes(graph) if dtype == ir.DataType.FLOAT16 else ()
+    kept = {value for node in exact for value in _own_values(node, exact)}
     for value in (*graph.inputs, *(out for node in graph for out in node.outputs)):
-        if value.dtype == ir.DataType.FLOAT:
+        if value.dtype == ir.DataType.FLOAT and value not in kept:
             value.dtype = dtype
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is not None and tensor.dtype == ir.DataType.FLOAT:
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and value not in kept:
             value.const_value = _cast_later(tensor, dtype)
             value.dtype = dtype
+    _cast_around(exact, dtype)
     _keep_logits_float32(graph)
+
+
+def residual_nodes(graph: ir.Graph) -> tuple[ir.Node, ...]:
+    """The additions to the residual stream, the norms that read it, and what selects its rows.
+
+    Raises:
+        TargetError: If they are not two additions and two norms a layer, and the last norm.
+    """
+    found = tuple(node for node in graph if _RESIDUAL.fullmatch(node.name or ""))
+    layers = sum(node.op_type == "CachedAttention" for node in graph)
+    counts = {
+        op_type: sum(node.op_type == op_type for node in found)
+        for op_type in ("Add", "RMSNormalization")
+    }
+    if counts != {"Add": 2 * layers, "RMSNormalization": 2 * layers + 1}:
+        raise TargetError(
+            f"a graph of {layers} layers must have {2 * layers} additions to its residual stream "
+            f"and {2 * layers + 1} norms of it, found {counts['Add']} and "
+            f"{counts['RMSNormalization']}; build the engine with bf16, which needs neither"
+        )
+    return found
 
 
 def fix_capacity(model: ir.Model, capacity: int) -> None:
@@ -117,6 +156,47 @@ def _refuse_typed_attributes(graph: ir.Graph) -> None:
                     f"{name!r}; this graph cannot be retyped",
                     names=[node.name or ""],
                 )
+
+
+def _own_values(node: ir.Node, exact: Collection[ir.Node]) -> Iterator[ir.Value]:
+    """What a node that stays float32 produces, and the weights that only such nodes read."""
+    yield from node.outputs
+    for value in node.inputs:
+        if value is None or not value.is_initializer():
+            continue
+        if all(use.node in exact for use in value.uses()):
+            yield value
+
+
+def _cast_around(exact: Sequence[ir.Node], dtype: ir.DataType) -> None:
+    """Put one Cast on every value that enters or leaves the nodes that stay float32."""
+    for node in exact:
+        for value in node.inputs:
+            if value is not None and value.dtype == dtype:
+                _cast_for(
+                    value, ir.DataType.FLOAT, [use for use in value.uses() if use.node in exact]
+                )
+    for node in exact:
+        (value,) = node.outputs
+        # A Cast, or the count of its rows, takes the value as it is.
+        takes_any = [use for use in value.uses() if use.node.op_type in ("Cast", "Shape")]
+        readers = [use for use in value.uses() if use.node not in exact and use not in takes_any]
+        if readers:
+            _cast_for(value, dtype, readers)
+
+
+def _cast_for(value: ir.Value, dtype: ir.DataType, readers: Sequence[tuple[ir.Node, int]]) -> None:
+    """Let some readers of a node's result take it through a Cast."""
+    producer = value.producer()
+    if producer is None or producer.graph is None:
+        raise AssertionError(f"{value.name} must be the result of a node of the graph")
+    name = f"{producer.name}/Cast"
+    node = ir.node("Cast", [value], attributes={"to": dtype}, name=name)
+    (result,) = node.outputs
+    result.name, result.dtype, result.shape = f"{name}_output_0", dtype, value.shape
+    producer.graph.insert_after(producer, node)
+    for reader, index in readers:
+        reader.replace_input_with(index, result)
 
 
 def _cast_later(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor:

@@ -21,6 +21,7 @@ _HARMLESS = (
     "The logger passed into createInferBuilder differs",
 )
 _KERNEL = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs:")
+_WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
@@ -35,6 +36,8 @@ class Messages:
     """Other warnings, but for those that every graph here causes."""
     activation_bytes: list[int] = field(default_factory=list)
     """Scratch memory of each profile."""
+    weight_bytes: int | None = None
+    """Of the whole engine; None until the builder tells."""
     kernels: list[Kernel] = field(default_factory=list)
     """Steps of the engine, profile after profile."""
 
@@ -48,6 +51,8 @@ class Messages:
             self.warnings.append(message)
         elif level == "INFO" and (match := _ACTIVATIONS.search(message)):
             self.activation_bytes.append(int(match[1]))
+        elif level == "INFO" and (match := _WEIGHTS.search(message)):
+            self.weight_bytes = int(match[1])
         elif level == "VERBOSE":
             for match in _KERNEL.finditer(message):
                 self.kernels.append(Kernel(match["name"], match["kind"]))

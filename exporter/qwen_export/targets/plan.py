@@ -31,7 +31,7 @@ class PlanHeader:
     """Size of the weights in it."""
 
     @classmethod
-    def read(cls, plan: bytes) -> PlanHeader:
+    def read(cls, plan: bytes | memoryview) -> PlanHeader:
         """Read the header of a plan.
 
         Raises:
@@ -65,8 +65,12 @@ class Kernel:
 class Plan:
     """A serialised engine."""
 
-    data: bytes
-    header: PlanHeader
+    data: memoryview
+    """Its bytes, where TensorRT keeps them."""
+    header: PlanHeader | None
+    """What a plan of TensorRT-RTX begins with; None for the enterprise TensorRT's."""
+    weight_bytes: int | None
+    """Size of the weights in it, from its header or as the builder reported it."""
     network: NetworkFacts
     """What the parser made of the graph."""
     graph_weight_bytes: int

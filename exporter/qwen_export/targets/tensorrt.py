@@ -3,7 +3,7 @@
     bundle graph ── fix_capacity, retype ── parse ── inspect ── build ── plan
 
 Every function takes the TensorRT module as ``trt``. ``tensorrt_rtx_bindings`` 1.7 is what it runs
-with; enterprise ``tensorrt`` 11 has the same classes but for the GPU list.
+with; enterprise ``tensorrt`` 11 has the same classes but for what `flavours` keeps.
 """
 
 from __future__ import annotations
@@ -18,19 +18,28 @@ import onnx_ir as ir
 
 from qwen_export.errors import TargetError
 from qwen_export.passes.retype import COMPUTE_DTYPES, fix_capacity, retype
+from qwen_export.passes.tables import dequantize_tables
+from qwen_export.progress import Progress, no_progress
+from qwen_export.targets.flavours import ALL_SMS, set_sms
 from qwen_export.targets.messages import Messages, new_logger
+from qwen_export.targets.monitor import PERCENT, Phases, new_monitor, run_cancellable
 from qwen_export.targets.network import NetworkFacts, inspect_network
 from qwen_export.targets.plan import Plan, PlanHeader
 from qwen_export.targets.profiles import Profile, check_profiles, profile_shapes
 from qwen_runtime.bundle import Bundle
 
-__all__ = ["ALL_SMS", "ParsedGraph", "build_plan", "engine_graph"]
+__all__ = ["ParsedGraph", "build_plan", "engine_graph", "serialize"]
 
-ALL_SMS = (80, 86, 89, 120, 121)
-"""GPU generations one plan serves; more of them cost bytes, not time."""
 MAX_WEIGHT_RATIO = 1.02
 """Weights in the plan against weights in the graph: padding is below this, a second copy above."""
+TENSOR_PADDING = 512
+"""Bytes by which each tensor may be padded beside that, which shows in models of a few kB."""
 
+_NOT_ON_SM75 = {
+    ir.DataType.BFLOAT16: "bf16",
+    ir.DataType.INT4: "int4",
+}
+"""Types that the oldest generation has no instructions for."""
 _Buffer = npt.NDArray[np.generic]
 
 
@@ -56,6 +65,7 @@ def engine_graph(
         )
     graph = ir.load(bundle.file(bundle.manifest.graphs[phase].file))
     fix_capacity(graph, capacity)
+    dequantize_tables(graph)
     retype(graph, COMPUTE_DTYPES[dtype])
     return graph
 
@@ -67,6 +77,7 @@ def build_plan(
     *,
     num_hidden_layers: int,
     sms: Sequence[int] = ALL_SMS,
+    progress: Progress = no_progress,
 ) -> Plan:
     """Check the profiles, parse, look at the network, and build the engine.
 
@@ -76,14 +87,16 @@ def build_plan(
         profiles: One or two; a second one costs kernels, not weights.
         num_hidden_layers: Attention layers the graph has.
         sms: GPU generations to build for; none for TensorRT's own choice.
+        progress: Where to report the two long steps.
 
     Raises:
         TargetError: If any of these refuses, with the names at fault.
     """
     check_profiles(profiles, graph.graph)
-    parsed = ParsedGraph(trt, graph)
+    _refuse_types(graph.graph, sms)
+    parsed = ParsedGraph(trt, graph, progress=progress)
     facts = inspect_network(trt, parsed.network, num_hidden_layers=num_hidden_layers)
-    return parsed.build(profiles, facts, sms=sms)
+    return parsed.build(profiles, facts, sms=sms, progress=progress)
 
 
 class ParsedGraph:
@@ -96,12 +109,15 @@ class ParsedGraph:
     Args:
         trt: The TensorRT module.
         graph: From `engine_graph`. Not modified; its weights are cast one after the other.
+        progress: Where to report the weights handed over.
 
     Raises:
         TargetError: If TensorRT's parser refuses the graph; names the nodes.
     """
 
-    def __init__(self, trt: ModuleType, graph: ir.Model) -> None:
+    def __init__(
+        self, trt: ModuleType, graph: ir.Model, *, progress: Progress = no_progress
+    ) -> None:
         self._trt: Any = trt
         self._said = Messages()
         self._inputs = list(graph.graph.inputs)
@@ -112,30 +128,41 @@ class ParsedGraph:
         # Never an IErrorRecorder: attached to a builder or a network it crashes the process.
         self.network = self._builder.create_network(0)
         self._parser = self._trt.OnnxParser(self.network, logger)
-        self._parse(graph)
+        self._parse(graph, progress)
         self.weight_bytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def _parse(self, graph: ir.Model) -> None:
-        model, weights = _without_weights(graph)
+    def _parse(self, graph: ir.Model, progress: Progress) -> None:
+        model, weights = serialize(graph)
         if not self._parser.load_model_proto(model):
             raise self._parser_error()
-        for name, tensor in weights.items():
-            buffer = _buffer(tensor)
-            self._buffers.append(buffer)
-            if not self._parser.load_initializer(name, buffer.ctypes.data, buffer.nbytes):
-                raise self._error(f"refuses the data of {name}", [name])
+        total = sum(tensor.nbytes for tensor in weights.values())
+        with progress("Casting weights", total, unit="B") as advance:
+            for name, tensor in weights.items():
+                buffer = _buffer(name, tensor)
+                self._buffers.append(buffer)
+                if not self._parser.load_initializer(name, buffer.ctypes.data, buffer.nbytes):
+                    raise self._error(f"refuses the data of {name}", [name])
+                advance(buffer.nbytes)
         if not self._parser.parse_model_proto():
             raise self._parser_error()
 
     def build(
-        self, profiles: Sequence[Profile], facts: NetworkFacts, *, sms: Sequence[int] = ALL_SMS
+        self,
+        profiles: Sequence[Profile],
+        facts: NetworkFacts,
+        *,
+        sms: Sequence[int] = ALL_SMS,
+        progress: Progress = no_progress,
     ) -> Plan:
         """Build the engine, once.
+
+        An exception that reaches the caller while it waits, such as Ctrl-C, stops the build.
 
         Args:
             profiles: Profiles that `check_profiles` accepted.
             facts: What `inspect_network` found.
             sms: GPU generations to build for; none for TensorRT's own choice.
+            progress: Where to report how far it is.
 
         Raises:
             TargetError: If the builder fails, warns of something that makes numbers wrong, or
@@ -143,22 +170,36 @@ class ParsedGraph:
         """
         config = self._builder.create_builder_config()
         config.profiling_verbosity = self._trt.ProfilingVerbosity.DETAILED
+        if hasattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # TensorRT-RTX captures a decode step in a CUDA graph only if it allocates nothing.
+            config.set_flag(self._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         self._set_sms(config, sms)
         for profile in profiles:
             self._add_profile(config, profile)
-        memory = self._builder.build_serialized_network(self.network, config)
+        with progress("Building the engine", PERCENT, unit="%") as advance:
+            phases = Phases(advance)
+            # A name of its own: the configuration refers to it without keeping it alive.
+            monitor = new_monitor(self._trt, phases)
+            config.progress_monitor = monitor
+            memory = run_cancellable(
+                lambda: self._builder.build_serialized_network(self.network, config),
+                phases.cancelled,
+            )
         if memory is None:
             raise self._error("cannot build the engine")
         if fatal := self._said.fatal_warnings:
             raise TargetError(
                 f"the engine would give wrong numbers, TensorRT warns: {fatal[0]}", names=fatal
             )
-        data = bytes(memory)
-        header = PlanHeader.read(data)
-        _require_weights_once(header.weight_bytes, self.weight_bytes)
+        # By itself it calls its bytes floats of one byte.
+        data = np.frombuffer(memory, np.uint8).data
+        header = PlanHeader.read(data) if hasattr(self._trt, "ComputeCapability") else None
+        weight_bytes = header.weight_bytes if header else self._said.weight_bytes
+        _require_weights_once(weight_bytes, self.weight_bytes, len(self._buffers))
         return Plan(
             data=data,
             header=header,
+            weight_bytes=weight_bytes,
             network=facts,
             graph_weight_bytes=self.weight_bytes,
             activation_bytes=tuple(self._said.activation_bytes),
@@ -174,28 +215,9 @@ class ParsedGraph:
             raise self._error(f"refuses the profile {profile.name!r}", [profile.name])
 
     def _set_sms(self, config: Any, sms: Sequence[int]) -> None:
-        if not sms:
-            return
-        if not hasattr(self._trt, "ComputeCapability"):
-            raise TargetError(
-                f"{self._trt.__name__} builds for the GPU at hand only, got SM "
-                f"{', '.join(map(str, sms))}; TensorRT-RTX builds for others"
-            )
-        known = {name for name in dir(self._trt.ComputeCapability) if name.startswith("SM")}
-        unknown = [str(sm) for sm in sms if f"SM{sm}" not in known]
-        if unknown:
-            raise TargetError(
-                f"SM must be one of {', '.join(sorted(name[2:] for name in known))}, got "
-                f"{', '.join(unknown)}",
-                names=unknown,
-            )
-        if 75 in sms and any(each.dtype == ir.DataType.BFLOAT16 for each in self._inputs):
-            raise TargetError("bf16 needs SM 80 or newer, got 75; build with fp16", names=["75"])
-        config.num_compute_capabilities = len(sms)
-        for index, sm in enumerate(sms):
-            capability = getattr(self._trt.ComputeCapability, f"SM{sm}")
-            if not config.set_compute_capability(capability, index):
-                raise self._error(f"refuses SM {sm}", [str(sm)])
+        refused = set_sms(self._trt, config, sms)
+        if refused is not None:
+            raise self._error(f"refuses {refused}", [refused])
 
     def _parser_error(self) -> TargetError:
         errors = [self._parser.get_error(index) for index in range(self._parser.num_errors)]
@@ -209,8 +231,15 @@ class ParsedGraph:
         return TargetError(f"TensorRT {what}: {reason}", names=names)
 
 
-def _without_weights(graph: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
-    """The graph alone, serialised, and its weights, still unread.
+def _refuse_types(graph: ir.Graph, sms: Sequence[int]) -> None:
+    used = {value.dtype for value in (*graph.inputs, *graph.initializers.values())}
+    for dtype, name in _NOT_ON_SM75.items():
+        if 75 in sms and dtype in used:
+            raise TargetError(f"{name} needs SM 80 or newer, got 75", names=["75"])
+
+
+def serialize(graph: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtocol]]:
+    """A graph without its weights as ONNX writes it, and the weights, still unread.
 
     Small constants of the graph itself stay in it.
     """
@@ -230,15 +259,24 @@ def _without_weights(graph: ir.Model) -> tuple[bytes, dict[str, ir.TensorProtoco
             values[name].const_value = tensor
 
 
-def _buffer(tensor: ir.TensorProtocol) -> _Buffer:
+def _buffer(name: str, tensor: ir.TensorProtocol) -> _Buffer:
     """The tensor's bytes as ONNX stores them, in memory of their own or mapped."""
-    if tensor.dtype.bitwidth % 8:
-        return np.frombuffer(tensor.tobytes(), np.uint8)
-    return np.ascontiguousarray(tensor.numpy())
+    try:
+        if tensor.dtype.bitwidth % 8:
+            return np.frombuffer(tensor.tobytes(), np.uint8)
+        return np.ascontiguousarray(tensor.numpy())
+    except (OSError, ValueError) as error:
+        # A weights file that is a link, for one, is not read.
+        raise TargetError(f"{name} cannot be read: {error}", names=[name]) from error
 
 
-def _require_weights_once(in_plan: int, in_graph: int) -> None:
-    if in_plan > MAX_WEIGHT_RATIO * in_graph:
+def _require_weights_once(in_plan: int | None, in_graph: int, num_tensors: int) -> None:
+    if in_plan is None:
+        raise TargetError(
+            "the engine must hold every weight once, but neither its header nor TensorRT's "
+            "messages say what it holds"
+        )
+    if in_plan > MAX_WEIGHT_RATIO * in_graph + TENSOR_PADDING * num_tensors:
         raise TargetError(
             f"the engine must hold every weight once, {in_graph:,} bytes, but holds {in_plan:,}; "
             "widen the profiles: a batch pinned to 1 makes TensorRT store weights twice"
