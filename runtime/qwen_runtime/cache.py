@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qwen_runtime.errors import CapacityError
 
-__all__ = ["GROWTH_STEP", "KVCache"]
+__all__ = ["GROWTH_STEP", "KVCache", "rounded_capacity"]
 
 GROWTH_STEP = 256
 """Tokens; capacities are multiples of it (or the bundle's limit). Attention costs by capacity, so
@@ -63,8 +63,8 @@ class KVCache:
     def reserve(self, slots: int, capacity: int) -> bool:
         """Make room for so many slots and tokens, keeping contents.
 
-        Where no slot holds a token and the buffers are more than twice what is asked for, they
-        give way to smaller ones.
+        Where the buffers are more than twice what is asked for and held, they give way to smaller
+        ones; otherwise they keep at least their size, unless memory runs out.
 
         Returns:
             Whether buffers were replaced, so that bindings to them are void.
@@ -78,25 +78,38 @@ class KVCache:
                 f"a row must have at most {self.max_context} tokens (the bundle's max_context), "
                 f"got {capacity}; shorten it, or rebuild the bundle with a larger --max-context"
             )
-        capacity = min(-(-capacity // GROWTH_STEP) * GROWTH_STEP, self.max_context)
-        holds = bool(self._lengths.any())
-        if holds or self.num_slots * self.capacity <= 2 * slots * capacity:
-            slots, capacity = max(slots, self.num_slots), max(capacity, self.capacity)
-        if (slots, capacity) == (self.num_slots, self.capacity):
+        held = np.flatnonzero(self._lengths)
+        needed_slots = max(slots, int(held[-1]) + 1 if len(held) else 0)
+        longest = int(self._lengths.max(initial=0))
+        needed = min(rounded_capacity(max(capacity, longest)), self.max_context)
+        least, now = (needed_slots, needed), (self.num_slots, self.capacity)
+        if math.prod(now) <= 2 * math.prod(least):
+            needed_slots, needed = max(slots, self.num_slots), max(needed, self.capacity)
+        if (needed_slots, needed) == now:
             return False
-        buffers = self._zeros(slots, capacity)
-        lengths = np.zeros(slots, np.int64)
         try:
-            # Memory is taken when a buffer is written: growing takes one buffer more, not all.
-            for name, old in self._buffers.items() if holds else ():
-                lengths[: self.num_slots] = self._lengths
-                buffers[name][: self.num_slots, :, : self.capacity] = old
+            buffers = self._zeros(needed_slots, needed)
+        except CapacityError:
+            if least in (now, (needed_slots, needed)):
+                raise
+            needed_slots, needed = least
+            buffers = self._zeros(needed_slots, needed)
+        lengths = np.zeros(needed_slots, np.int64)
+        stay = min(needed_slots, self.num_slots)
+        lengths[:stay] = self._lengths[:stay]
+        try:
+            # Memory is taken when a buffer is written: growing takes one buffer more, not all, and
+            # none for what no slot holds.
+            for name, old in self._buffers.items() if len(held) else ():
+                for slot in held:
+                    length = self._lengths[slot]
+                    buffers[name][slot, :, :length] = old[slot, :, :length]
                 self._buffers[name] = buffers[name]
         except BaseException:
             self.clear()  # buffers of two sizes are of no use
             raise
         self._buffers, self._lengths = buffers, lengths
-        self.num_slots, self.capacity = slots, capacity
+        self.num_slots, self.capacity = needed_slots, needed
         return True
 
     def _zeros(self, slots: int, capacity: int) -> dict[str, npt.NDArray[np.generic]]:
@@ -122,3 +135,8 @@ class KVCache:
         self._buffers.clear()
         self._lengths = np.zeros(0, np.int64)
         self.num_slots = self.capacity = 0
+
+
+def rounded_capacity(tokens: int) -> int:
+    """The capacity of buffers for so many tokens, where the limit allows it."""
+    return -(-tokens // GROWTH_STEP) * GROWTH_STEP

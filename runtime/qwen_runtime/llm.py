@@ -13,11 +13,12 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
+from qwen_runtime.backends.registry import check_backend, open_runner
 from qwen_runtime.bundle import Bundle
-from qwen_runtime.engine import EngineDriver, Model
+from qwen_runtime.engine import KEPT_SLOTS, EngineDriver, Model
 from qwen_runtime.errors import CapacityError, RequestError
 from qwen_runtime.generation.base import IntArray
+from qwen_runtime.generation.candidates import require_same_vocabulary
 from qwen_runtime.generation.modes import Call, Draft, Machine, Modes, draft_settings
 from qwen_runtime.generation.rows import TokenStreamer
 from qwen_runtime.generation.stopping import StoppingCriterion
@@ -41,28 +42,32 @@ class LLM:
 
     Args:
         bundle: The bundle's folder, or an opened bundle.
-        device: "cpu".
-        backend: "onnxruntime".
-        threads: Threads for one operator; None for one per core.
+        device: "cpu" for "onnxruntime", "cuda" for "tensorrt"; None for the backend's own.
+        backend: "onnxruntime", or "tensorrt" for an engine in the bundle, which is proved against
+            the bundle's reference when it is first loaded on a GPU.
+        threads: Threads for one operator on the CPU; None for one per core.
+        prefix_cache_slots: Cache slots that keep their prompts after their requests, so that
+            prompts with the same beginning are computed only from there on. Results are the same,
+            bit for bit. Each takes the memory of one more running request; 0 keeps none and
+            computes every prompt whole.
 
     Raises:
         BundleError: If the folder is no sound bundle.
         BackendError: If the engine is missing or cannot load it.
-        RequestError: If device or backend is not one of those named.
+        RequestError: If device or backend is not one of those named, or a number is no count.
     """
 
     def __init__(
         self,
         bundle: str | Path | Bundle,
         *,
-        device: Literal["cpu"] = "cpu",
-        backend: Literal["onnxruntime"] = "onnxruntime",
+        device: Literal["cpu", "cuda"] | None = None,
+        backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
         threads: int | None = None,
+        prefix_cache_slots: int = KEPT_SLOTS,
     ) -> None:
-        if backend != "onnxruntime":
-            raise RequestError(f'backend must be "onnxruntime", got {backend!r}', param="backend")
-        if device != "cpu":
-            raise RequestError(f'device must be "cpu", got {device!r}', param="device")
+        _check_prefix_cache_slots(prefix_cache_slots)
+        check_backend(backend, device, threads)
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
         self.tokenizer: Tokenizer | None = None
@@ -87,10 +92,14 @@ class LLM:
         )
         """The bundle's settings, used where a request names none."""
         self._inputs = PromptReader(self.tokenizer, self.chat_template)
-        self._modes = Modes(manifest, self.tokenizer)
+        runner = open_runner(self.bundle, backend=backend, device=device, threads=threads)
+        # An engine may hold less than the bundle's graphs.
+        self._max_context = runner.limits.max_context
+        fitting = dataclasses.replace(manifest, max_context=self._max_context)
+        self._modes = Modes(fitting, self.tokenizer)
         # Comparing vocabularies takes a while: once for each draft.
         self._known_drafts: weakref.WeakSet[LLM] = weakref.WeakSet()
-        self._engine = EngineDriver(OnnxRuntimeRunner(self.bundle, threads=threads))
+        self._engine = EngineDriver(runner, kept_slots=prefix_cache_slots)
 
     @overload
     def generate(
@@ -316,10 +325,11 @@ class LLM:
                 "bundle first",
                 param="assistant_model",
             )
-        self._require_same_vocabulary(assistant)
-        settings = draft_settings(
-            assistant.generation_config, assistant.bundle.manifest.max_context
-        )
+        if assistant not in self._known_drafts:
+            ours, theirs = (of.bundle.manifest.model.vocab_size for of in (self, assistant))
+            require_same_vocabulary(ours, theirs, self.tokenizer, assistant.tokenizer)
+            self._known_drafts.add(assistant)
+        settings = draft_settings(assistant.generation_config, assistant._max_context)
 
         def remember(length: int) -> None:
             assistant.generation_config = dataclasses.replace(
@@ -328,26 +338,6 @@ class LLM:
 
         heuristic = settings.num_assistant_tokens_schedule == "heuristic"
         return Draft(settings, remember if heuristic else None)
-
-    def _require_same_vocabulary(self, assistant: LLM) -> None:
-        if assistant in self._known_drafts:
-            return
-        ours, theirs = (of.bundle.manifest.model.vocab_size for of in (self, assistant))
-        if ours != theirs:
-            raise RequestError(
-                f"assistant_model must have the model's {ours} logits, got {theirs}; use a draft "
-                "of the same family",
-                param="assistant_model",
-            )
-        if self.tokenizer is not None and assistant.tokenizer is not None:
-            tokens = self.tokenizer.vocabulary_bytes()
-            if tokens != assistant.tokenizer.vocabulary_bytes():
-                raise RequestError(
-                    "assistant_model must have the model's vocabulary, got one with other "
-                    "tokens; use a draft of the same family",
-                    param="assistant_model",
-                )
-        self._known_drafts.add(assistant)
 
     def _run(
         self, machines: Sequence[Machine], assistant: LLM | None, cancel: threading.Event | None
@@ -367,6 +357,14 @@ def _setting_of_rows(machine: Machine) -> str | None:
     """The setting that makes several rows of one prompt."""
     names = ("num_beams", "num_return_sequences")
     return next((n for n in names if getattr(machine.generation.config, n) > 1), None)
+
+
+def _check_prefix_cache_slots(count: object) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise RequestError(
+            f"prefix_cache_slots must be an integer >= 0 (0 turns reuse off), got {count!r}",
+            param="prefix_cache_slots",
+        )
 
 
 def _check_cancel(cancel: object) -> None:

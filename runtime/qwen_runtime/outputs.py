@@ -41,6 +41,9 @@ class RequestOutput:
     """Beam search: for every generated id, the beam that it continues."""
     assistance: AssistedStatistics | None = None
     """Assisted generation and prompt lookup: what they saved."""
+    num_cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt that were not computed but found in the cache. Outputs are equal
+    whatever it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ def _request_output(
         sequence_score=float(beams.sequences_scores[row]) if beams else None,
         beam_indices=beams.score_rows(row) if beams else None,
         assistance=assisted.statistics if assisted else None,
+        num_cached_tokens=state.num_cached_tokens,
     )
 
 

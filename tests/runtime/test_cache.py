@@ -55,15 +55,18 @@ def test_growing_in_both_directions_keeps_contents_and_lengths() -> None:
 
     assert (cache.num_slots, cache.capacity) == (5, 512)
     assert cache.lengths.tolist() == [7, 3, 0, 0, 0]
-    for name, view in cache.rows(0, 2):
-        np.testing.assert_array_equal(view[:, :, :256], before[name])
-        assert not view[:, :, 256:].any()
+    for name, view in cache.rows(0, 5):
+        for slot, length in enumerate([7, 3, 0, 0, 0]):
+            np.testing.assert_array_equal(
+                view[slot, :, :length], before[name][slot % 2, :, :length]
+            )
+            assert not view[slot, :, length:].any(), "memory is taken for what is held alone"
 
 
 def test_asking_for_less_changes_nothing() -> None:
     cache = make()
     cache.reserve(3, 300)
-    cache.lengths[1] = 4
+    cache.lengths[1] = 260
     addresses = [view.ctypes.data for _, view in cache.rows(0, 3)]
 
     assert not cache.reserve(1, 1)
@@ -79,6 +82,22 @@ def test_cache_that_holds_nothing_shrinks_to_what_is_asked_for() -> None:
     assert cache.reserve(1, 300)
     assert (cache.num_slots, cache.capacity, cache.lengths.tolist()) == (1, 512, [0])
     assert not any(view.any() for _, view in cache.rows(0, 1))
+
+
+def test_cache_that_holds_little_shrinks_to_that_and_keeps_it() -> None:
+    cache = make()
+    cache.reserve(6, 1000)
+    before = fill(cache)
+    cache.lengths[:] = [9, 0, 300, 0, 0, 0]
+
+    assert not cache.reserve(6, 600), "not much smaller"
+    assert cache.reserve(1, 1)
+
+    assert (cache.num_slots, cache.capacity, cache.lengths.tolist()) == (3, 512, [9, 0, 300])
+    for name, view in cache.rows(0, 3):
+        for slot, length in enumerate([9, 0, 300]):
+            np.testing.assert_array_equal(view[slot, :, :length], before[name][slot, :, :length])
+    assert not cache.reserve(1, 1)
 
 
 def test_cache_is_as_before_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,8 @@ def test_generate_json_gives_one_document_per_prompt(embedded_bundle: Path) -> N
     documents = json.loads(result.stdout)
     assert [document["text"] for document in documents] == ["2 + 3 = 5", "4 + 4 = 8"]
     assert {document["finish_reason"] for document in documents} == {"stop"}
+    first, second = (document["num_cached_tokens"] for document in documents)
+    assert first == 0 < second, "the beginning of both prompts is computed once"
 
 
 def test_generate_with_a_seed_repeats_itself(embedded_bundle: Path) -> None:

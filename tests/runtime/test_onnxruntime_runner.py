@@ -128,6 +128,30 @@ def test_chunked_prefill_equals_whole(
     assert close(runner.decode([0], [7])[0], after)
 
 
+@pytest.mark.parametrize("chunk", [4, 6, 8])
+def test_no_chunk_of_a_row_is_a_single_token_so_that_cuts_change_no_bit(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    tokens = prompt(3, 2 * chunk + 1)
+    expected = whole(runner, 0, tokens)
+
+    monkeypatch.setattr(backend, "PREFILL_CHUNK", chunk)
+    runner.truncate(0, 0)
+    chunked = runner.prefill([0], [tokens], [0], [len(tokens)])[0]
+
+    np.testing.assert_array_equal(chunked, expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 511, 512, 513, 514, 1024, 1025, 1537])
+def test_cuts_are_even_and_leave_no_single_token_nor_more_than_a_chunk(length: int) -> None:
+    chunks = list(backend._chunks(length))
+
+    assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])]
+    assert chunks[-1][1] == length
+    assert all(start % 2 == 0 for start, _ in chunks)
+    assert all(min(2, length) <= stop - start <= backend.PREFILL_CHUNK for start, stop in chunks)
+
+
 def test_chunked_prefill_of_several_rows_returns_each_rows_own_logits(
     runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -267,6 +291,22 @@ def test_many_idle_slots_between_running_ones_do_not_run_along(
 
     assert calls == [(0, near + 1), (far, far + 1)]
     assert all(close(ours, theirs) for ours, theirs in zip(together, expected, strict=True))
+
+
+def test_bindings_are_few_and_share_their_logits(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "MAX_BINDINGS", 2)
+    runner.allocate(5, 1)
+    for slot in range(5):
+        whole(runner, slot, prompt(slot, 5))
+    expected = [runner.decode([slot], [1])[0].copy() for slot in range(5)]
+    for slot in range(5):
+        runner.truncate(slot, 5)
+
+    np.testing.assert_array_equal(runner.decode(range(5), [1] * 5), expected)
+    assert list(runner._bindings) == [(4, 5), (0, 5)]
+    assert all(binding.logits.base is runner._logits for binding in runner._bindings.values())
 
 
 def test_failed_growth_leaves_bindings_that_work(

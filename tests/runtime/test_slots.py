@@ -19,6 +19,26 @@ def test_lowest_free_slots_are_handed_out_first() -> None:
     assert (slots.num_slots, slots.num_used) == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ("count", "taken"),
+    [(1, [0]), (2, [0, 3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), (5, [*range(5)])],
+)
+def test_slots_that_keep_something_are_taken_last_and_before_there_are_more_than_room(
+    count: int, taken: list[int]
+) -> None:
+    assert SlotManager().allocate(count, kept=[2, 1], room=4) == taken
+
+
+def test_new_slot_is_taken_beside_used_and_kept_ones_when_there_is_room() -> None:
+    slots = SlotManager()
+    slots.allocate(1)
+
+    assert slots.allocate(1, kept=[1], room=3) == [2]
+    assert slots.allocate(1, kept=[1], room=3) == [1]
+    assert slots.allocate(1, kept=[], room=3) == [3]
+    assert slots.used == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("released", [[0, 0], [5], [0, 5]])
 def test_slot_that_is_not_in_use_cannot_be_released(released: list[int]) -> None:
     slots = SlotManager()

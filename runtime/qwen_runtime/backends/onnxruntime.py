@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from qwen_runtime.backends.base import FloatArray, IntArray, Limits
+from qwen_runtime.backends.sessions import (
+    SessionSettings,
+    check_threads,
+    import_onnxruntime,
+    open_session,
+)
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.cache import KVCache
 from qwen_runtime.errors import BackendError, RequestError
@@ -29,6 +36,9 @@ MAX_IDLE_ROWS = 8
 less. Measured on two cores: a call costs as much as 12 more rows with the shape of Qwen2.5-0.5B
 (4 layers: 22 ms and 1.8 ms), as much as 8 with the embedded model (1.6 ms and 0.2 ms)."""
 
+MAX_BINDINGS = 32
+"""Spans of slots whose buffers stay bound; a few belong to what runs, and others to what has run."""
+
 
 class OnnxRuntimeRunner:
     """A `qwen_runtime.backends.base.ModelRunner` on ONNX Runtime's CPU provider.
@@ -37,16 +47,30 @@ class OnnxRuntimeRunner:
         bundle: An opened bundle with fp32 compute.
         threads: Threads for one operator; None for ONNX Runtime's choice, one per core.
         decode_graph: Run decode steps on decode.onnx instead of the prefill graph, as
-            verification does to prove that graph too. Weights are then not packed but mapped
-            from the file, so that two sessions hold no copy of them; calls are up to a fifth slower.
+            verification does to prove that graph too. Float weights are then not packed but
+            mapped from the file, so that two sessions hold no copy of them; calls are up to a
+            fifth slower.
+        exact: Multiply quantised weights in fp32, as verification does to prove codes, scales
+            and graph at the tolerance of fp32. Otherwise activations are rounded to int8 for it,
+            each block of a token by its own scale: what a bundle is served with, and several
+            times faster. Float weights know no difference.
+        packed_cache: Map quantised weights from the user's cache folder, where the first load
+            saves them packed (`qwen_runtime.backends.packed_cache`). Otherwise, and where the
+            folder cannot be written, or with ``exact``, every load packs them in memory.
 
     Raises:
         BackendError: If onnxruntime is missing or too old, or cannot load the graphs.
-        RequestError: If ``threads`` is no count.
+        RequestError: If ``threads`` is no count, or ``exact`` is not true or false.
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, decode_graph: bool = False
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        decode_graph: bool = False,
+        exact: bool = False,
+        packed_cache: bool = True,
     ) -> None:
         manifest = bundle.manifest
         if manifest.compute_dtype != "fp32":
@@ -54,8 +78,10 @@ class OnnxRuntimeRunner:
                 f"{bundle.path}: the CPU needs a bundle with compute_dtype fp32, got "
                 f"{manifest.compute_dtype}; build one without --compute-dtype"
             )
-        _check_threads(threads)
-        ort = _import(manifest.minimum_engine_versions.get("onnxruntime"))
+        check_threads(threads)
+        if not isinstance(exact, bool):
+            raise RequestError(f"exact must be True or False, got {exact!r}", param="exact")
+        ort = import_onnxruntime(manifest.minimum_engine_versions.get("onnxruntime"))
         self._limits = Limits(manifest.model.vocab_size, manifest.max_context)
         names = [f"{i}.{part}" for i in range(manifest.model.num_hidden_layers) for part in _PARTS]
         self._cache = KVCache(
@@ -65,10 +91,14 @@ class OnnxRuntimeRunner:
             dtype=np.float32,
             max_context=manifest.max_context,
         )
-        open_graph = partial(_session, ort, bundle, threads=threads, packed=not decode_graph)
+        settings = SessionSettings(
+            threads, packed=not decode_graph, exact=exact, cached=packed_cache
+        )
+        open_graph = partial(open_session, ort, bundle, settings=settings)
         self._prefill = open_graph("prefill")
         self._decode = open_graph("decode") if decode_graph else None
         self._bindings: dict[tuple[int, int], _DecodeBinding] = {}
+        self._logits = _no_steps(self._limits)
 
     @property
     def limits(self) -> Limits:
@@ -98,7 +128,7 @@ class OnnxRuntimeRunner:
             replaced = self._cache.reserve(slots, capacity)
         finally:
             if replaced:
-                self._bindings.clear()
+                self._forget_bindings()
 
     def grow(self, capacity: int) -> None:
         """See `ModelRunner.grow`."""
@@ -170,7 +200,7 @@ class OnnxRuntimeRunner:
 
     def close(self) -> None:
         """See `ModelRunner.close`."""
-        self._bindings.clear()
+        self._forget_bindings()
         self._cache.clear()
         self._prefill = self._decode = None
 
@@ -179,12 +209,21 @@ class OnnxRuntimeRunner:
             raise BackendError("the runner is closed; open the bundle again")
 
     def _binding(self, first: int, last: int) -> _DecodeBinding:
-        binding = self._bindings.get((first, last))
+        binding = self._bindings.pop((first, last), None)
         if binding is None:
+            if len(self._logits) < self.num_slots:
+                self._logits = np.empty((self.num_slots, *self._logits.shape[1:]), np.float32)
+            if len(self._bindings) == MAX_BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
             session = self._decode or self._prefill
-            binding = _DecodeBinding(session, self._cache, first, last, self._limits)
-            self._bindings[first, last] = binding
+            logits = self._logits[: last - first]
+            binding = _DecodeBinding(session, self._cache, first, last, logits)
+        self._bindings[first, last] = binding  # the one used last is the last
         return binding
+
+    def _forget_bindings(self) -> None:
+        self._bindings.clear()
+        self._logits = _no_steps(self._limits)
 
     def _prefill_rows(
         self, first: int, block: IntArray, past: IntArray, want: int
@@ -193,9 +232,8 @@ class OnnxRuntimeRunner:
         batch, length = block.shape
         wanted = np.arange(length - want, length)
         parts: list[FloatArray] = []
-        for start in range(0, length, PREFILL_CHUNK):
-            chunk = np.ascontiguousarray(block[:, start : start + PREFILL_CHUNK])
-            stop = start + chunk.shape[1]
+        for start, stop in _chunks(length):
+            chunk = np.ascontiguousarray(block[:, start:stop])
             inside = wanted[(wanted >= start) & (wanted < stop)] - start
             # Engines dislike empty tensors: a chunk without wanted positions asks for its first.
             asked = inside if len(inside) else _FIRST
@@ -233,16 +271,19 @@ _NO_LOGITS: FloatArray = np.empty((0, 0), np.float32)
 
 
 class _DecodeBinding:
-    """Fixed buffers of one decode call over slots first..last-1, bound once."""
+    """Fixed buffers of one decode call over slots first..last-1, bound once.
+
+    Its logits, [rows, 1, V], are the runner's, who has them for one call at a time.
+    """
 
     def __init__(
-        self, session: Any, cache: KVCache, first: int, last: int, limits: Limits
+        self, session: Any, cache: KVCache, first: int, last: int, logits: FloatArray
     ) -> None:
         rows = last - first
         self.session = session
         self.input_ids = np.zeros((rows, 1), np.int64)
         self.past_lengths = np.zeros(rows, np.int64)
-        self.logits = np.empty((rows, 1, limits.vocab_size), np.float32)
+        self.logits = logits
         self._indices = np.zeros((rows, 1), np.int64)
         self.io = session.io_binding()
         inputs = {"input_ids": self.input_ids, "past_lengths": self.past_lengths}
@@ -256,12 +297,28 @@ class _DecodeBinding:
         _bind_cache(self.io, cache, first, last)
 
 
+def _no_steps(limits: Limits) -> FloatArray:
+    return np.empty((0, 1, limits.vocab_size), np.float32)
+
+
 def _bind_cache(io: Any, cache: KVCache, first: int, last: int) -> None:
     """Bind past and present of every layer to one and the same memory."""
     for name, view in cache.rows(first, last):
         place = ("cpu", 0, cache.dtype, view.shape, view.ctypes.data)
         io.bind_input(f"past_key_values.{name}", *place)
         io.bind_output(f"present.{name}", *place)
+
+
+def _chunks(length: int) -> Iterator[tuple[int, int]]:
+    """Cut a row of new tokens so that the cuts change no bit.
+
+    One token rounds otherwise than several, so none is left alone; a kernel for 8-bit weights takes
+    tokens in pairs, so every cut is at an even place.
+    """
+    cuts = [*range(0, length, PREFILL_CHUNK), length]
+    if length > PREFILL_CHUNK and length % PREFILL_CHUNK == 1:
+        cuts[-2] -= 2
+    return pairwise(cuts)
 
 
 def _uniform_runs(
@@ -289,47 +346,3 @@ def _run(session: Any, io: Any) -> None:
         session.run_with_iobinding(io)
     except Exception as error:
         raise BackendError(f"ONNX Runtime could not run the graph: {error}") from error
-
-
-def _check_threads(threads: object) -> None:
-    is_count = isinstance(threads, int) and not isinstance(threads, bool) and threads >= 1
-    if threads is not None and not is_count:
-        raise RequestError(
-            f"threads must be an integer >= 1, or None for one per core, got {threads!r}",
-            param="threads",
-        )
-
-
-def _session(ort: Any, bundle: Bundle, phase: str, *, threads: int | None, packed: bool) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not packed:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    path = bundle.file(bundle.manifest.graphs[phase].file)
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise BackendError(f"ONNX Runtime could not load {path}: {error}") from error
-
-
-def _import(minimum: str | None) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise BackendError(
-            "onnxruntime must be installed to run a bundle on the CPU: "
-            "pip install 'qwen-export[cpu]'"
-        ) from error
-    if minimum is not None and _version(ort.__version__) < _version(minimum):
-        raise BackendError(
-            f"onnxruntime must be at least {minimum} for this bundle, got {ort.__version__}: "
-            "pip install -U 'qwen-export[cpu]'"
-        )
-    return ort
-
-
-def _version(text: str) -> tuple[int, ...]:
-    parts = (part for part in text.split("+")[0].split("."))
-    return tuple(int(part) for part in parts if part.isdigit())

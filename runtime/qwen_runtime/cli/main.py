@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_runtime.cli.bench import bench
 from qwen_runtime.cli.options import (
     DEFAULT_NEW_TOKENS,
     GroupedCommand,
@@ -136,8 +137,13 @@ def check(bundle: Path, as_json: bool) -> None:
             f"{result.prompts} prompts replayed, max logit error {result.max_error:.1e} "
             f"(tolerance {result.tolerance:.0e})"
         )
+        if result.served is not None:
+            click.echo(
+                f"as served, with int8 activations: max logit error {result.served.max_error:.1e} "
+                f"(tolerance {result.served.tolerance:.1e})"
+            )
     else:
-        click.echo(f"{bundle} does not answer like its checkpoint: {result.first_departure}")
+        click.echo(f"{bundle} does not answer like its checkpoint: {result.problem}")
     if not result.passed:
         raise click.exceptions.Exit(1)
 
@@ -167,6 +173,9 @@ def chat(bundle: Path, system: str | None, threads: int | None, **options: Any) 
         if llm.chat_template is None:
             raise click.ClickException(f"{bundle} has no chat template; use `qwen-run generate`")
         converse(llm, system, settings | _default_limit(llm, settings))
+
+
+main.add_command(bench)
 
 
 def _open(bundle: Path, threads: int | None) -> LLM:
@@ -220,6 +229,7 @@ def _document(output: RequestOutput) -> dict[str, object]:
         "finish_reason": output.finish_reason,
         "stop_reason": output.stop_reason,
         "prompt_tokens": len(output.prompt_token_ids),
+        "num_cached_tokens": output.num_cached_tokens,
         "sequence_score": output.sequence_score,
         "assistance": output.assistance and asdict(output.assistance),
         "logprobs": output.logprobs

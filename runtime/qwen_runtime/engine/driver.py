@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from qwen_runtime.backends.base import ModelRunner
 from qwen_runtime.engine.engine import Engine, Request
 from qwen_runtime.engine.models import Model
+from qwen_runtime.engine.prefix import KEPT_SLOTS
 from qwen_runtime.errors import BackendError
 from qwen_runtime.generation.base import Decoding
 
@@ -20,10 +21,11 @@ class EngineDriver:
 
     Args:
         runner: What executes the graphs; closed with the driver.
+        kept_slots: See `Model`.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._engine = Engine(runner)
+    def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
+        self._engine = Engine(runner, kept_slots=kept_slots)
         # Taken again by a thread whose callback uses the engine inside of a step.
         self._lock = threading.RLock()
         self._busy = False

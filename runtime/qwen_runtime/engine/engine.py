@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from qwen_runtime.backends.base import FloatArray, ModelRunner
 from qwen_runtime.engine.models import Model, RowFeed
+from qwen_runtime.engine.prefix import KEPT_SLOTS
 from qwen_runtime.engine.scheduler import Batch, Scheduler, Task
 from qwen_runtime.generation.base import Decoding, Step
 
@@ -81,10 +82,11 @@ class Engine:
 
     Args:
         runner: What executes the graphs.
+        kept_slots: See `Model`.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self.model = Model(runner)
+    def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
+        self.model = Model(runner, kept_slots=kept_slots)
         """The runner and its slots; another engine may borrow some for drafts."""
         self._scheduler = Scheduler(self.model)
         self._requests: list[Request] = []
@@ -192,10 +194,12 @@ class Engine:
         results = model.run(rows, decode=batch.decode)
         # Decode logits live in the runner's buffer until its next call. A task's decode feeds run
         # after its prefill feeds and all at once, so they are delivered before that.
-        for (task, index, _), values in zip(batch.feeds, results, strict=True):
+        for (task, index, feed), result in zip(batch.feeds, results, strict=True):
             # Only now: a call that was interrupted is made again, copies included.
             task.copies.clear()
-            task.logits[index] = values
+            task.logits[index] = result.logits
+            if result.num_cached and not task.step.on_draft:
+                _request_of(task).decoding.note_cached(feed.row, result.num_cached)
 
     def _deliver_completed(self) -> None:
         for task in self._scheduler.completed:

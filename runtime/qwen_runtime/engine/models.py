@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qwen_runtime.backends.base import FloatArray, ModelRunner
+from qwen_runtime.cache import rounded_capacity
+from qwen_runtime.engine.prefix import KEPT_SLOTS, MIN_SHARED, PrefixCache, shared_length
 from qwen_runtime.engine.slots import SlotManager
-from qwen_runtime.errors import BackendError
+from qwen_runtime.errors import BackendError, CapacityError
 from qwen_runtime.generation.base import Feed, RowCopy
 
-__all__ = ["Model", "RowFeed"]
+__all__ = ["Model", "RowFeed", "RowResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,21 @@ class RowFeed:
     copies: Sequence[RowCopy] = ()
     """What to copy between the request's rows before the feed runs."""
 
+    @property
+    def slot(self) -> int:
+        """The slot that the feed is for."""
+        return self.slots[self.feed.row]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a feed brought."""
+
+    logits: FloatArray
+    """[want, V]."""
+    num_cached: int = 0
+    """Leading tokens that were not computed but taken from a slot that held them."""
+
 
 class Model:
     """A runner and the slots of its cache.
@@ -31,13 +49,18 @@ class Model:
     for one call at a time and nothing else is locked meanwhile, so that two models may draft for
     each other without a deadlock.
 
+    A prompt whose beginning lies in some slot is computed from there on. Slots keep their tokens
+    after their request for that, as long as nobody else needs them.
+
     Args:
         runner: What executes the graphs.
+        kept_slots: How many slots keep their tokens; 0 computes every prompt whole.
     """
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
         self._runner = runner
         self._slots = SlotManager()
+        self._prefixes = PrefixCache(kept_slots)
         self._lock = threading.Lock()
         self._num_borrowed = 0
         self._closed = False
@@ -55,7 +78,7 @@ class Model:
     def allocate(self, count: int) -> list[int]:
         """Take free slots; `reserve` makes room for them."""
         with self._lock:
-            return self._slots.allocate(count)
+            return self._take(count)
 
     def reserve(self) -> None:
         """Make room for all slots that are in use: once for many, as it may move the cache.
@@ -65,15 +88,23 @@ class Model:
         """
         with self._lock:
             self._require_open()
-            self._runner.allocate(self._slots.num_slots, max(self._runner.capacity, 1))
+            slots, capacity = self._slots.num_slots, max(self._runner.capacity, 1)
+            try:
+                self._make_room(partial(self._runner.allocate, slots, capacity), capacity)
+            except CapacityError:
+                raise  # every slot in use is as before
+            except BaseException:
+                self._forget_all()
+                raise
 
     def release(self, slots: Sequence[int]) -> None:
-        """Forget what slots hold and give them back."""
+        """Give slots back; what they hold may be kept until others need them."""
         with self._lock:
-            for slot in slots:
-                if not self._closed and slot < self._runner.num_slots:
-                    self._runner.truncate(slot, 0)
             self._slots.release(slots)
+            for slot in sorted(slots, reverse=True):  # of equal ones the lowest stays
+                self._truncate(slot, self._prefixes.keep(slot))
+                for covered in self._prefixes.covered_by(slot, self._kept()):
+                    self._drop(covered)
 
     def borrow(self, count: int) -> list[int]:
         """Take slots for a request of another engine, with room for them.
@@ -82,7 +113,7 @@ class Model:
             BackendError: If the model is closed.
         """
         with self._lock:
-            slots = self._slots.allocate(count)
+            slots = self._take(count)
             self._num_borrowed += 1
         try:
             self.reserve()
@@ -97,7 +128,7 @@ class Model:
         with self._lock:
             self._num_borrowed -= 1
 
-    def run(self, rows: Sequence[RowFeed], *, decode: bool) -> list[FloatArray]:
+    def run(self, rows: Sequence[RowFeed], *, decode: bool) -> list[RowResult]:
         """Copy between rows, then run feeds.
 
         Args:
@@ -105,38 +136,155 @@ class Model:
             decode: Whether every feed is one token whose logits are wanted.
 
         Returns:
-            Logits [want, V] for every feed; those of a decode batch are valid until the next call.
+            A result for every feed; logits of a decode batch are valid until the next call.
 
         Raises:
             BackendError: If the model is closed or the engine fails.
-            CapacityError: If a row would hold more than the bundle's limit.
+            CapacityError: If a row would hold more than the bundle's limit, or more than there is
+                memory for, kept slots given back.
         """
         with self._lock:
             self._require_open()
-            runner = self._runner
-            for row in rows:
-                for copy in row.copies:
-                    runner.copy(row.slots[copy.src], row.slots[copy.dst], copy.length)
-                runner.truncate(row.slots[row.feed.row], row.feed.past)
-            slots = [row.slots[row.feed.row] for row in rows]
-            if not decode:
-                return runner.prefill(
-                    slots,
-                    [row.feed.tokens for row in rows],
-                    [row.feed.past for row in rows],
-                    [row.feed.want for row in rows],
-                )
-            logits = runner.decode(slots, [int(row.feed.tokens[0]) for row in rows])
-            # Another engine's call may come before these are read.
-            return [row[None] for row in (logits.copy() if self._num_borrowed else logits)]
+            try:
+                for row in rows:
+                    for copy in row.copies:
+                        self._copy(row.slots[copy.src], row.slots[copy.dst], copy.length)
+                return self._decode(rows) if decode else self._prefill(rows)
+            except BaseException:
+                # A call that did not end may have written, or moved the cache.
+                self._forget_all()
+                raise
 
     def close(self) -> None:
         """Release the runner; safe to call twice."""
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._prefixes.clear()
                 self._runner.close()
 
     def _require_open(self) -> None:
         if self._closed:
             raise BackendError("the LLM is closed; open the bundle again")
+
+    def _take(self, count: int) -> list[int]:
+        """Take free slots, those that hold something last."""
+        return self._slots.allocate(count, self._kept(), self._prefixes.max_slots)
+
+    def _make_room(self, grow: Callable[[], None], capacity: int) -> None:
+        """Have the runner's buffers grow; where memory runs out, over the slots in use alone.
+
+        Args:
+            grow: Grows them, kept slots and all.
+            capacity: Tokens that a slot must hold.
+
+        Raises:
+            CapacityError: If there is too little memory for the slots in use.
+        """
+        try:
+            grow()
+        except CapacityError:
+            for slot in self._kept():
+                self._drop(slot)
+            self._runner.allocate(self._slots.num_slots, capacity)
+
+    def _decode(self, rows: Sequence[RowFeed]) -> list[RowResult]:
+        slots = [row.slot for row in rows]
+        for row in rows:
+            self._truncate(row.slot, row.feed.past)
+        longest = max(row.feed.past for row in rows) + 1
+        # Twice is when buffers shrink: less would make no step cheaper.
+        for slot in self._prefixes.charge(self._kept(), 2 * rounded_capacity(longest)):
+            self._drop(slot)
+        self._make_room(partial(self._runner.grow, longest), longest)
+        logits = self._runner.decode(slots, [int(row.feed.tokens[0]) for row in rows])
+        # Another engine's call may come before these are read.
+        return [RowResult(row[None]) for row in (logits.copy() if self._num_borrowed else logits)]
+
+    def _prefill(self, rows: Sequence[RowFeed]) -> list[RowResult]:
+        """Run feeds; those that begin like another one only after it, with what they share."""
+        results: dict[int, RowResult] = {}
+        waiting = dict(enumerate(rows))
+        while waiting:
+            wave = self._independent(waiting)
+            # Before anything is copied from kept slots, which may have to go.
+            longest = max(row.feed.past + len(row.feed.tokens) for row in wave.values())
+            self._make_room(partial(self._runner.grow, longest), longest)
+            past = [self._begin(row) for row in wave.values()]
+            tokens = [
+                row.feed.tokens[p - row.feed.past :]
+                for row, p in zip(wave.values(), past, strict=True)
+            ]
+            slots = [row.slot for row in wave.values()]
+            wants = [row.feed.want for row in wave.values()]
+            logits = self._runner.prefill(slots, tokens, past, wants)
+            for (index, row), new, held, values in zip(
+                wave.items(), tokens, past, logits, strict=True
+            ):
+                self._prefixes.wrote(row.slot, held, new)
+                results[index] = RowResult(values, held - row.feed.past)
+                del waiting[index]
+        return [results[index] for index in range(len(rows))]
+
+    def _independent(self, rows: dict[int, RowFeed]) -> dict[int, RowFeed]:
+        """Feeds that gain nothing by waiting for another of them."""
+        if not self._prefixes.max_slots or len(rows) == 1:
+            return dict(rows)
+        now: dict[int, RowFeed] = {}
+        leaders: dict[bytes, RowFeed] = {}
+        for index, row in rows.items():
+            limit = _reusable(row.feed)
+            if limit >= MIN_SHARED:
+                tokens = row.feed.tokens
+                leader = leaders.setdefault(tokens[:MIN_SHARED].tobytes(), row)
+                if leader is not row:
+                    shared = min(shared_length(leader.feed.tokens, tokens), limit)
+                    if shared >= self._prefixes.find(tokens, limit, near=row.slot)[1] + MIN_SHARED:
+                        continue
+            now[index] = row
+        return now
+
+    def _begin(self, row: RowFeed) -> int:
+        """Make a feed's slot ready; returns how many tokens of the row it then holds."""
+        limit = _reusable(row.feed)
+        if limit < MIN_SHARED:
+            self._truncate(row.slot, row.feed.past)
+            return row.feed.past
+        source, length = self._prefixes.find(row.feed.tokens, limit, near=row.slot)
+        if source == row.slot:
+            self._truncate(row.slot, length)
+        else:
+            self._copy(source, row.slot, length)
+        return length
+
+    def _copy(self, src: int, dst: int, length: int) -> None:
+        self._prefixes.forget(dst)
+        self._runner.copy(src, dst, length)
+        self._prefixes.copied(src, dst, length)
+
+    def _truncate(self, slot: int, length: int) -> None:
+        self._prefixes.truncate(slot, length)
+        if not self._closed and slot < self._runner.num_slots:
+            self._runner.truncate(slot, length)
+
+    def _kept(self) -> list[int]:
+        """Free slots that hold tokens, the one untouched for longest first."""
+        return self._prefixes.kept(self._slots.used)
+
+    def _drop(self, slot: int) -> None:
+        self._prefixes.forget(slot)
+        self._truncate(slot, 0)
+
+    def _forget_all(self) -> None:
+        """Know nothing about any slot; free ones are empty then."""
+        for slot in self._kept():
+            self._drop(slot)
+        self._prefixes.clear()
+
+
+def _reusable(feed: Feed) -> int:
+    """How many tokens of a feed may come from another slot.
+
+    Not the wanted positions, and one of two: computed alone the last token would differ in bits.
+    """
+    return 0 if feed.past else len(feed.tokens) - max(feed.want, 2)

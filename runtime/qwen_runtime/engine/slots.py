@@ -11,7 +11,6 @@ class SlotManager:
     """Hands out cache slots, lowest first, so that those in use lie close together."""
 
     def __init__(self) -> None:
-        self._free: list[int] = []
         self._num_slots = 0
         self._used: set[int] = set()
 
@@ -25,15 +24,31 @@ class SlotManager:
         """Slots in use."""
         return len(self._used)
 
-    def allocate(self, count: int) -> list[int]:
-        """Take ``count`` free slots, adding new ones where too few are free."""
-        missing = count - len(self._free)
-        if missing > 0:
-            self._free.extend(range(self._num_slots, self._num_slots + missing))
-            self._num_slots += missing
-        taken, self._free = self._free[:count], self._free[count:]
+    @property
+    def used(self) -> list[int]:
+        """Slots in use, lowest first."""
+        return sorted(self._used)
+
+    def allocate(self, count: int, kept: Sequence[int] = (), room: int = 0) -> list[int]:
+        """Take ``count`` free slots.
+
+        Args:
+            count: How many.
+            kept: Free slots whose contents are worth something, the least first: taken before
+                there are more than ``room`` slots, and after every other free one.
+            room: Slots that there may be for the sake of kept ones.
+        """
+        empty = [
+            slot
+            for slot in range(max(self._num_slots, room))
+            if slot not in self._used and slot not in kept
+        ]
+        taken = [*empty, *kept][:count]
+        new = max([self._num_slots, room, *(slot + 1 for slot in kept)])
+        taken += range(new, new + count - len(taken))
         self._used.update(taken)
-        return taken
+        self._num_slots = max(self._used, default=-1) + 1
+        return sorted(taken)
 
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back.
@@ -46,4 +61,3 @@ class SlotManager:
         self._used.difference_update(slots)
         # Free slots at the end are forgotten: nobody has to have room for them any longer.
         self._num_slots = max(self._used, default=-1) + 1
-        self._free = sorted(slot for slot in (*self._free, *slots) if slot < self._num_slots)

@@ -181,6 +181,10 @@ class AssistedDecoding:
         else:
             self._check(logits[0])
 
+    def note_cached(self, row: int, num_tokens: int) -> None:
+        """See `Decoding.note_cached`."""
+        self.rows[row].num_cached_tokens = num_tokens
+
     def cancel(self) -> None:
         """See `Decoding.cancel`."""
         self.rows[0].stop = self.rows[0].stop or Stop("cancelled")

@@ -74,5 +74,11 @@ class Decoding(Protocol):
         The arrays may be overwritten after the call.
         """
 
+    def note_cached(self, row: int, num_tokens: int) -> None:
+        """Learn that a row's first tokens were not computed: another request had left them.
+
+        Called before `accept`, for the step that brings the row's prompt.
+        """
+
     def cancel(self) -> None:
         """Finish now."""

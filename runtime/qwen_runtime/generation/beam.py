@@ -207,6 +207,13 @@ class BeamDecoding:
         self._stopping.keep(candidates.tolist())
         self._copies = self._move(parents.tolist())
 
+    def note_cached(self, row: int, num_tokens: int) -> None:
+        """See `Decoding.note_cached`."""
+        returned = self.config.num_return_sequences
+        first = row // self.config.num_beams * returned
+        for state in self.rows[first : first + returned]:
+            state.num_cached_tokens = num_tokens
+
     def cancel(self) -> None:
         """Finish now, with the beams that run in the places that none has finished for."""
         if not self._finished:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qwen_runtime.errors import RequestError
 from qwen_runtime.generation.base import FloatArray, IntArray
 from qwen_runtime.sampling import LogitsProcessorList, TokenGenerator, TorchGenerator
+from qwen_runtime.text import Tokenizer
 
 __all__ = [
     "AssistedStatistics",
@@ -16,6 +18,7 @@ __all__ = [
     "DraftSettings",
     "accept_drawn",
     "look_up",
+    "require_same_vocabulary",
     "skip_draws",
 ]
 
@@ -171,3 +174,35 @@ def skip_draws(generator: TokenGenerator, count: int, vocab_size: int) -> None:
     if isinstance(generator, TorchGenerator):
         for _ in range(count):
             generator.skip(vocab_size)
+
+
+def require_same_vocabulary(
+    ours: int, theirs: int, tokenizer: Tokenizer | None, of_the_draft: Tokenizer | None
+) -> None:
+    """Check that a draft's tokens are the model's.
+
+    Args:
+        ours: The model's number of logits.
+        theirs: The draft's.
+        tokenizer: The model's tokenizer; None for a bundle of token ids.
+        of_the_draft: The draft's.
+
+    Raises:
+        RequestError: If they are not.
+    """
+    if ours != theirs:
+        raise RequestError(
+            f"assistant_model must have the model's {ours} logits, got {theirs}; use a draft "
+            "of the same family",
+            param="assistant_model",
+        )
+    if (
+        tokenizer is not None
+        and of_the_draft is not None
+        and tokenizer.vocabulary_bytes() != of_the_draft.vocabulary_bytes()
+    ):
+        raise RequestError(
+            "assistant_model must have the model's vocabulary, got one with other tokens; use a "
+            "draft of the same family",
+            param="assistant_model",
+        )

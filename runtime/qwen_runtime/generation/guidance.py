@@ -92,6 +92,11 @@ class GuidedDecoding:
             self._guidance.receive(row, values[-1])
         self._inner.accept(logits[:own])
 
+    def note_cached(self, row: int, num_tokens: int) -> None:
+        """See `Decoding.note_cached`."""
+        if row < self._inner.num_rows:
+            self._inner.note_cached(row, num_tokens)
+
     def cancel(self) -> None:
         """See `Decoding.cancel`."""
         self._inner.cancel()

@@ -120,16 +120,17 @@ class PromptBatch:
         """
         if self.longest > max_context:
             raise CapacityError(
-                f"the prompt must have at most {max_context} tokens (the bundle's max_context), "
-                f"got {self.longest}; shorten it, or rebuild the bundle with a larger "
-                "--max-context",
+                f"the prompt must have at most {max_context} tokens (the bundle's max_context, or "
+                f"the capacity of its engine), got {self.longest}; shorten it, or rebuild the "
+                "bundle with a larger --max-context, or the engine with a larger --capacity",
                 param="prompt",
             )
         if self.longest + max_new_tokens > max_context + 1:
             raise CapacityError(
                 f"prompt and new tokens must fit into {max_context} tokens (the bundle's "
-                f"max_context), got {self.longest} + {max_new_tokens}; lower max_new_tokens to "
-                f"{max_context + 1 - self.longest} or shorten the prompt",
+                f"max_context, or the capacity of its engine), got {self.longest} + "
+                f"{max_new_tokens}; lower max_new_tokens to {max_context + 1 - self.longest} or "
+                "shorten the prompt",
                 param="max_new_tokens",
             )
 

@@ -52,6 +52,8 @@ class RowState:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     stop: Stop | None = None
     """Why the row ended; None while it runs."""
+    num_cached_tokens: int = 0
+    """Tokens of its prompt that were not computed but found in the cache."""
 
 
 class Generation(Decoding, Protocol):

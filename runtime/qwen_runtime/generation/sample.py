@@ -197,6 +197,11 @@ class SampleDecoding:
                 param="pad_token_id",
             )
 
+    def note_cached(self, row: int, num_tokens: int) -> None:
+        """See `Decoding.note_cached`."""
+        for state in self.rows[row : row + self._copies_per_prompt]:
+            state.num_cached_tokens = num_tokens
+
     def cancel(self) -> None:
         """See `Decoding.cancel`."""
         for state in self.rows:
