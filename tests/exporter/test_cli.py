@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
+from small_checkpoints import small_checkpoint
 
 from qwen_export.cli import main
 
@@ -99,7 +100,10 @@ def test_overwrite_replaces_a_bundle(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--precision", "int3", "'int3' is not 'fp32'"),
+        ("--precision", "int3", "'int3' is not one of 'fp32', 'int8', 'int4'"),
+        ("--block-size", "48", "'48' is not one of '32', '64', '128'"),
+        ("--quantizer", "hqq", "'hqq' is not one of 'rtn', 'search', 'gptq'"),
+        ("--calibration", "missing.txt", "'missing.txt' does not exist"),
         ("--compute-dtype", "bf16", "'bf16' is not 'fp32'"),
         ("--max-context", "0", "0 is not in the range x>=1"),
     ],
@@ -232,6 +236,71 @@ def test_verify_needs_the_checkpoint_of_a_bundle_built_from_a_folder(
     assert "MODEL is needed" in result.stderr
 
 
+def test_a_quantised_build_is_described_verified_and_told_in_one_line(tmp_path: Path) -> None:
+    model, out = small_checkpoint(tmp_path / "model"), tmp_path / "out"
+    options = ("--precision", "int4", "--block-size", "32", "--quantizer", "rtn")
+    result = run("build", model, "--output", out, *options)
+    assert result.exit_code == 0, result.output
+    assert "quantised, as served: " in result.stdout
+    shown = json.loads(run("inspect", out, "--json").stdout)
+    assert shown["quantization"]["method"] == "rtn"
+    assert shown["parity"]["quality"]["positions"] > 100
+    text = run("inspect", out).stdout
+    assert "int4, block 32, rtn: 14 tensors" in text
+    assert "quality       as served: " in text
+    result = run("verify", out, model)
+    assert result.exit_code == 0, result.output
+    assert "parity passed" in result.stdout
+
+
+def test_a_precision_that_quantises_nothing_takes_no_quantiser(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    out = ("--output", tmp_path / "out")
+    for options in (("--quantizer", "rtn"), ("--precision", "fp32", "--block-size", "64")):
+        result = run("build", checkpoint, *out, *options)
+        assert result.exit_code == 2
+        assert "the precision is fp32; choose --precision int8 or int4" in result.stderr.replace(
+            "\n", " "
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--precision", "int8", "--quantizer", "gptq"), "must be given together"),
+        (("--precision", "int4", "--keep", "norm"), "--keep norm matches none of the 15 weights"),
+    ],
+)
+def test_options_that_do_not_fit_are_wrong_usage(
+    options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    model = small_checkpoint(tmp_path / "model")
+    result = run("build", model, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_documentation_name_the_defaults_of_quantisation() -> None:
+    from qwen_export.formats import _DEFAULTS
+
+    help_text = " ".join(run("build", "--help").stdout.split())
+    blocks = ", ".join(f"{name} {options.block_size}" for name, options in _DEFAULTS.items())
+    assert f"share a scale. [default: {blocks}, or the largest below that divides" in help_text
+    (method,) = {options.method for options in _DEFAULTS.values()}
+    assert f"quantised again. [default: {method}]" in help_text
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text()
+    rows = dict(
+        (cell.strip(" `") for cell in line.split("|")[1:3])
+        for line in page.splitlines()
+        if line.startswith("| ")
+    )
+    assert rows["method"] == method
+    for name, options in _DEFAULTS.items():
+        assert rows[f"{name} block"] == str(options.block_size)
+
+
 def test_verify_passes_for_its_checkpoint_and_fails_for_another(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -249,11 +318,11 @@ def test_verify_passes_for_its_checkpoint_and_fails_for_another(
 def test_a_build_that_fails_parity_is_left_at_failed_and_refused_by_the_runtime(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwen_export import bundle as pipeline
+    from qwen_export import sources
     from qwen_runtime import Bundle, BundleError
 
-    honest = pipeline.rotary_tables
-    monkeypatch.setattr(pipeline, "rotary_tables", lambda *args: honest(*args)[::-1])
+    honest = sources.rotary_tables
+    monkeypatch.setattr(sources, "rotary_tables", lambda *args: honest(*args)[::-1])
     result = run("build", checkpoint, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "does not answer like the original" in result.stderr

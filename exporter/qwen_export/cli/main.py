@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from qwen_export.errors import ExportError
+from qwen_export.cli.doctor import doctor
+from qwen_export.cli.engine import engine, show_engine, target_option
+from qwen_export.cli.plan import plan
+from qwen_export.errors import ExportError, OptionError
 from qwen_runtime.cli.support import CONTEXT, json_option, print_json, reports
 from qwen_runtime.errors import QwenRuntimeError
 
 if TYPE_CHECKING:
+    from qwen_export.quantization.options import Method
     from qwen_runtime.bundle import Bundle
     from qwen_runtime.manifest import ParitySummary
 
@@ -48,10 +52,9 @@ def main(traceback: bool) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace a bundle at the output.")
 @click.option(
     "--precision",
-    type=click.Choice(["fp32"]),
-    default="fp32",
-    show_default=True,
-    help="Format of the weights.",
+    type=click.Choice(["fp32", "int8", "int4"]),
+    help="Format of the weights.  [default: the checkpoint's own if it is quantised exactly, else "
+    "fp32]",
 )
 @click.option(
     "--compute-dtype",
@@ -61,11 +64,35 @@ def main(traceback: bool) -> None:
     help="Format of activations and KV caches.",
 )
 @click.option(
+    "--block-size",
+    type=click.Choice(["32", "64", "128"]),
+    help="Inputs of a quantised weight that share a scale.  [default: int8 128, int4 64, or the "
+    "largest below that divides the weight's inputs]",
+)
+@click.option(
+    "--quantizer",
+    type=click.Choice(["rtn", "search", "gptq"]),
+    help="What chooses codes and scales; named, it also rounds what the checkpoint stores "
+    "quantised again.  [default: search]",
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Names of weights to store in fp32, as in '*.layers.0.*'; may be given more than once.",
+)
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text that guides --quantizer gptq.",
+)
+@click.option(
     "--max-context",
     type=click.IntRange(min=1),
     metavar="N",
     help="Longest row in tokens.  [default: max_position_embeddings]",
 )
+@target_option
 @revision_option
 @click.option("--no-verify", is_flag=True, help="Do not prove parity with PyTorch.")
 @json_option
@@ -74,9 +101,14 @@ def build(
     model: str | None,
     output: Path | None,
     overwrite: bool,
-    precision: str,
+    precision: str | None,
     compute_dtype: str,
+    block_size: str | None,
+    quantizer: Method | None,
+    keep: tuple[str, ...],
+    calibration: Path | None,
     max_context: int | None,
+    targets: tuple[str, ...],
     revision: str | None,
     no_verify: bool,
     as_json: bool,
@@ -90,6 +122,7 @@ def build(
     Examples:
       qwen-export build --output artifacts/tiny
       qwen-export build Qwen/Qwen2.5-0.5B-Instruct --max-context 8192
+      qwen-export build Qwen/Qwen2.5-7B --precision int4 --keep lm_head.weight
     """
     from qwen_export.bundle import EMBEDDED_MODEL, BuildOptions
     from qwen_export.bundle import build as build_bundle
@@ -98,11 +131,29 @@ def build(
     if output is None:
         name = Path(model).resolve().name if model and Path(model).exists() else model
         output = Path("artifacts") / Path(name or EMBEDDED_MODEL).name
-    options = BuildOptions(precision, compute_dtype, max_context, verify=not no_verify)
     started = time.monotonic()
-    bundle = build_bundle(
-        model, output, options, revision=revision, overwrite=overwrite, progress=console_progress
-    )
+    try:
+        options = BuildOptions(
+            precision,
+            compute_dtype,
+            max_context,
+            verify=not no_verify,
+            block_size=None if block_size is None else int(block_size),
+            quantizer=quantizer,
+            keep=keep,
+            calibration=calibration,
+            targets=targets,
+        )
+        bundle = build_bundle(
+            model,
+            output,
+            options,
+            revision=revision,
+            overwrite=overwrite,
+            progress=console_progress,
+        )
+    except OptionError as error:
+        raise click.UsageError(str(error)) from error
     seconds = time.monotonic() - started
     if as_json:
         from qwen_export.inspection import summary
@@ -111,8 +162,10 @@ def build(
         return
     size = sum(entry.num_bytes for entry in bundle.manifest.files.values())
     click.echo(
-        f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s; {parity_line(bundle.manifest.parity)}"
+        f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s\n{parity_line(bundle.manifest.parity)}"
     )
+    for target in dict.fromkeys(targets):
+        show_engine(bundle, target)
 
 
 @main.command()
@@ -154,7 +207,7 @@ def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool)
         click.echo(report.to_json(), nl=False)
     else:
         parity = report.summary()
-        verdict = f"{bundle}: {parity_line(parity)}"
+        verdict = f"{bundle}\n{parity_line(parity)}"
         click.echo(verdict if report.passed else f"{verdict}\n{report.first_departure}")
     if not report.passed:
         raise click.exceptions.Exit(1)
@@ -215,14 +268,26 @@ def demo(output: Path | None) -> None:
     click.echo(parity_line(bundle.manifest.parity))
 
 
+main.add_command(engine)
+main.add_command(doctor)
+main.add_command(plan)
+
+
 def parity_line(parity: ParitySummary) -> str:
-    """One line on a bundle's parity."""
+    """A bundle's parity in lines of at most 80 characters."""
     if parity.status == "not_verified":
         return "parity was not verified (--no-verify)"
-    return (
+    line = (
         f"parity {parity.status}: {parity.tokens_compared} tokens compared with PyTorch, "
-        f"{parity.ties} ties, max logit error {parity.max_logit_error:.1e} "
+        f"{parity.ties} ties\nmax logit error {parity.max_logit_error:.1e} "
         f"(tolerance {parity.tolerance:.0e})"
+    )
+    quality = parity.quality
+    if quality is None:
+        return line
+    return (
+        f"{line}\nquantised, as served: {quality.top1_agreement:.1%} of tokens as the original's, "
+        f"mean KL {quality.mean_kl:.2g} nats"
     )
 
 

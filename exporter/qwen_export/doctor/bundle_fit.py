@@ -1,0 +1,156 @@
+"""Whether a machine can run a bundle and its engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qwen_export.doctor.examination import try_here
+from qwen_export.doctor.machine import Machine, Trial
+from qwen_export.doctor.verdict import Capability, run_cpu, run_rtx, run_tensorrt
+from qwen_runtime.backends.tensorrt.opening import choose_engine
+from qwen_runtime.bundle import Bundle
+from qwen_runtime.engine_file import EngineFolder, engine_names, refusal
+from qwen_runtime.errors import BundleError
+
+__all__ = ["BundleFacts", "EngineFacts", "bundle_capabilities", "needed_bytes", "read_bundle"]
+
+_COPIES = {"fp32": 1, "int8": 2, "int4": 2}
+"""Weights files in memory while ONNX Runtime loads: quantised weights are transposed, then packed."""
+_BASE_BYTES = 300_000_000
+"""Of a process that has loaded the runtime and a small model."""
+_SLOWEST_BYTES_S = 20e6
+"""A bundle on a slow network disk, to be told from one that hangs."""
+_MIN_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """An engine of a bundle."""
+
+    name: str
+    folder: EngineFolder | None
+    """None where it cannot be opened."""
+    error: str | None = None
+    """Why it cannot."""
+    trial: Trial | None = None
+    """It was loaded, proved and answered with a token; None where that was not tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFacts:
+    """What decides whether a bundle runs somewhere."""
+
+    path: str
+    precision: str
+    weight_bytes: int
+    engines: tuple[EngineFacts, ...] = ()
+    trial: Trial | None = None
+    """It was loaded and answered with a token; None where that was not tried."""
+
+
+def read_bundle(bundle: Bundle, machine: Machine) -> BundleFacts:
+    """Read what decides, and let the bundle answer with a token where that can work.
+
+    Args:
+        bundle: Opened; nothing is written to it.
+        machine: This machine.
+    """
+    manifest = bundle.manifest
+    weight_bytes = manifest.files[manifest.weights.file].num_bytes
+    facts = BundleFacts(
+        str(bundle.path),
+        manifest.precision,
+        weight_bytes,
+        tuple(_read_engine(bundle, name, machine) for name in engine_names(bundle.path)),
+    )
+    if _run_cpu_reason(machine, facts) is not None:
+        return facts
+    return replace(facts, trial=_generate(bundle, "onnxruntime"))
+
+
+def needed_bytes(bundle: BundleFacts) -> int:
+    """Memory that loading it takes, without caches."""
+    return _BASE_BYTES + _COPIES.get(bundle.precision, 1) * bundle.weight_bytes
+
+
+def bundle_capabilities(machine: Machine, bundle: BundleFacts) -> tuple[Capability, ...]:
+    """Where a machine can run a bundle: on the CPU, and each of its engines."""
+    return (
+        _run_cpu(machine, bundle),
+        *(_run_engine(machine, engine) for engine in bundle.engines),
+    )
+
+
+def _generate(bundle: Bundle, backend: str) -> Trial:
+    manifest = bundle.manifest
+    weight_bytes = manifest.files[manifest.weights.file].num_bytes
+    done = try_here(
+        "generate",
+        str(bundle.path.absolute()),
+        backend,
+        timeout_s=_MIN_TIMEOUT_S + weight_bytes / _SLOWEST_BYTES_S,
+        cached=False,
+    )
+    return Trial(done.error is None, done.seconds, done.error)
+
+
+def _read_engine(bundle: Bundle, name: str, machine: Machine) -> EngineFacts:
+    try:
+        facts = EngineFacts(name, EngineFolder.open(bundle, name))
+        # The runtime takes one of a bundle's engines, so another one cannot be tried.
+        if not _run_engine(machine, facts).can or choose_engine(bundle).path.name != name:
+            return facts
+    except BundleError as error:
+        return EngineFacts(name, None, str(error))
+    return replace(facts, trial=_generate(bundle, "tensorrt"))
+
+
+def _run_cpu_reason(machine: Machine, bundle: BundleFacts) -> tuple[str, str | None] | None:
+    """What stands against trying it, and what to do."""
+    runs = run_cpu(machine)
+    if not runs.can:
+        return runs.why, runs.fix
+    needed, available = needed_bytes(bundle), machine.memory.available_bytes
+    if available is not None and available < needed:
+        why = (
+            f"it needs {needed / 1e9:.1f} GB of memory and the caches, "
+            f"{available / 1e9:.1f} GB are available"
+        )
+        fix = "free memory, or build it smaller: qwen-export build --precision int4"
+        return why, None if bundle.precision == "int4" else fix
+    return None
+
+
+def _run_cpu(machine: Machine, bundle: BundleFacts) -> Capability:
+    name = f"run it on the CPU ({bundle.precision})"
+    if (refused := _run_cpu_reason(machine, bundle)) is not None:
+        return Capability(name, False, *refused)
+    trial = bundle.trial
+    if trial is None or not trial.ok:
+        why = "it was not tried" if trial is None else f"it fails: {trial.error}"
+        return Capability(name, False, why)
+    return Capability(name, True, f"it answered with a token after {trial.seconds:.1f} s")
+
+
+def _run_engine(machine: Machine, engine: EngineFacts) -> Capability:
+    name = f"run its engine {engine.name}"
+    if engine.folder is None:
+        return Capability(name, False, engine.error or "it cannot be opened")
+    found = engine.folder.description
+    if found.flavour == "tensorrt":
+        installed, runs = machine.tensorrt.version, run_tensorrt(machine)
+    else:
+        installed, runs = machine.tensorrt_rtx.version, run_rtx(machine)
+    if not runs.can or installed is None:
+        return Capability(name, False, runs.why, runs.fix)
+    gpu = machine.cuda.gpus[0]  # the one that the runtime takes
+    if (reason := refusal(engine.folder, installed, gpu.sm)) is not None:
+        return Capability(name, False, reason)
+    if engine.trial is None:
+        why = f"built for {found.flavour} {found.version} and SM {gpu.sm}, as {gpu.name} has"
+        return Capability(name, True, f"{why}; not tried")
+    if not engine.trial.ok:
+        return Capability(name, False, f"it fails: {engine.trial.error}")
+    return Capability(
+        name, True, f"on {gpu.name} it answered with a token after {engine.trial.seconds:.1f} s"
+    )
