@@ -205,7 +205,7 @@ def test_a_value_without_a_shape_is_a_failed_inference():
 
 
 def retypable(weight: ir.TensorProtocol) -> ir.Model:
-    """x @ w + a cache read by its rotary table, as small as retyping and capacities need."""
+    """norm(-x) @ w + a cache read by its rotary table, what retyping and capacities need."""
     x, cache = value("x", ["batch", 4]), value("past", ["batch", 1, "capacity", 4])
     ids = value("ids", ["batch"], INT64)
     w = ir.val("w", dtype=weight.dtype, shape=ir.Shape(weight.shape.numpy()), const_value=weight)
@@ -213,10 +213,17 @@ def retypable(weight: ir.TensorProtocol) -> ir.Model:
     cos = ir.val("cos", dtype=FLOAT, shape=ir.Shape([16, 2]), const_value=ir.tensor(table))
     present = value("present", ["batch", 1, "capacity", 4])
     logits = value("logits", ["batch", 4])
+    ones = ir.tensor(np.ones(4, np.float32))
+    scale = ir.val("scale", dtype=FLOAT, shape=ir.Shape([4]), const_value=ones)
+    hidden, normed = value("hidden", ["batch", 4]), value("normed", ["batch", 4])
+    negative = node("Neg", [x], hidden)
+    norm = node("RMSNormalization", [hidden, scale], normed)
     rotary = node("RotaryEmbedding", [cache, cos, cos, ids], present)
-    matmul = node("MatMul", [x, w], logits)
+    matmul = node("MatMul", [normed, w], logits)
+    negative.name, norm.name = "/model/Neg", "/model/norm/RMSNormalization"
     rotary.name, matmul.name = "/rotary/RotaryEmbedding", "/lm_head/MatMul"
-    return model([x, cache, ids], [logits, present], [rotary, matmul], w=w, cos=cos)
+    nodes = [negative, norm, rotary, matmul]
+    return model([x, cache, ids], [logits, present], nodes, w=w, cos=cos, scale=scale)
 
 
 def lazy(array: np.ndarray, calls: list[str]) -> ir.LazyTensor:
