@@ -1,7 +1,7 @@
 """Quality of the quantisation formats and methods on the embedded model.
 
     python benchmarks/quantization.py
-    python benchmarks/quantization.py --formats int4-32-gptq int4-32-search --tables fp32 int8 int4
+    python benchmarks/quantization.py --formats int4-128-search --tables fp32 int8-128-search int4-128-search
     python benchmarks/quantization.py --synthetic
 
 Every format's dequantised weights replace the model's own in transformers, in fp32, and are asked
@@ -258,9 +258,11 @@ def measure_formats(formats: list[str], tables: list[str], answers: bool) -> dic
     checkpoint, original = evaluation.checkpoint, evaluation.original
     linears = [name for name in checkpoint.tensors if name.endswith("_proj.weight")]
     names = sorted(linears, key=lambda name: int(name.split(".")[2]))
-    with_table = {"fp32": {}} | {
-        name: _tied(quantize(checkpoint, make_quantizer(options_of(name)), [TABLE])[TABLE])
-        for name in {f"{table}-32-search" for table in tables if table != "fp32"}
+    with_table = {
+        name: {}
+        if name == "fp32"
+        else _tied(quantize(checkpoint, make_quantizer(options_of(name)), [TABLE])[TABLE])
+        for name in tables
     }
     base = evaluation.measure({}, answers=answers)
     print(HEADER, flush=True)
@@ -274,9 +276,8 @@ def measure_formats(formats: list[str], tables: list[str], answers: bool) -> dic
         seconds = time.monotonic() - started
         errors = inputs.errors(original, weights)
         for table in tables:
-            key = table if table == "fp32" else f"{table}-32-search"
-            quality = evaluation.measure({**weights, **with_table[key]}, answers=answers)
-            results[f"{name}, table {key}"] = _row(name, key, quality, base, errors, seconds)
+            quality = evaluation.measure({**weights, **with_table[table]}, answers=answers)
+            results[f"{name}, table {table}"] = _row(name, table, quality, base, errors, seconds)
     return results
 
 
@@ -342,7 +343,12 @@ def measure_synthetic(inputs: int = 896, outputs: int = 896, samples: int = 1638
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
-    parser.add_argument("--tables", nargs="+", choices=("fp32", "int8", "int4"), default=["int8"])
+    parser.add_argument(
+        "--tables",
+        nargs="+",
+        default=["int8-128-search"],
+        help="fp32, or formats by rtn or search",
+    )
     parser.add_argument("--no-answers", action="store_false", dest="answers")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--json", action="store_true", dest="as_json")

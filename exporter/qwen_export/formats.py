@@ -1,9 +1,13 @@
 """Which weight is stored how: the one rule of a bundle's precision.
 
-linear layers        the precision asked for; of a quantised checkpoint's own precision those that
-                     it stores quantised
-embedding, lm_head   int8, in int8 and int4 bundles; a tied table is stored once
-everything else      fp32: norms, biases, rotary tables, and what --keep names
+linear layers    the precision asked for; of a quantised checkpoint's own precision those that it
+                 stores quantised
+lm_head          the precision asked for, tied or not; int8 in a quantised checkpoint's own
+                 precision, and where it is tied and its vocabulary odd
+embedding        int8 in int8 and int4 bundles, because a step reads one row of it
+everything else  fp32: norms, biases, rotary tables, and what --keep names
+
+A tied table is stored once. What --keep names becomes int8 where the pattern says so.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ from qwen_export.quantization.options import KERNEL_BLOCK_SIZES, Method, Quantiz
 
 __all__ = [
     "PRECISIONS",
-    "TABLE_BITS",
     "Recipe",
     "Role",
     "axis_of",
@@ -31,15 +34,15 @@ __all__ = [
 
 PRECISIONS = ("fp32", "int8", "int4")
 """Formats of the weights that are offered."""
-TABLE_BITS = 8
-"""Of embedding and output projection: every token passes both."""
+_KEPT_AS = ("fp32", "int8")
+"""Formats that --keep offers; the first where a pattern names none."""
 
 Role = Literal["linear", "embedding", "lm_head", "tied table", "float"]
 """What a tensor of the graphs does; "float" is what is never quantised."""
 
 _DEFAULTS = {
     "int8": QuantizationOptions(8, 128, "search", or_smaller=True),
-    "int4": QuantizationOptions(4, 64, "search", or_smaller=True),
+    "int4": QuantizationOptions(4, 128, "search", or_smaller=True),
 }
 """What is not asked for, by precision. Blocks are as large as error allows: fewer scales are fewer
 bytes to read, and larger blocks cost the kernels less."""
@@ -51,10 +54,11 @@ class Recipe:
 
     linears: QuantizationOptions
     """Format and method of the linear layers."""
-    tables: QuantizationOptions
-    """Format and method of embedding and output projection."""
+    in_bytes: QuantizationOptions
+    """Those of an embedding, and of other weights that stay int8."""
     keep: tuple[str, ...] = ()
-    """Patterns, as of a shell, of the weights that are stored in fp32."""
+    """Patterns, as of a shell, of the weights that are stored in fp32, or with "=int8" after the
+    pattern in int8."""
     native: bool = False
     """Whether this is a quantised checkpoint's own precision, in which the linear layers that it
     stores as floats stay fp32."""
@@ -75,7 +79,8 @@ class Recipe:
         """The recipe of a precision, None for fp32; what is not given takes its default.
 
         Raises:
-            OptionError: If an option has no use for fp32.
+            OptionError: If an option has no use for the precision, or a weight is to be kept in
+                a format that is not offered.
             ExportError: If a value is not one of those that exist.
         """
         if precision == "fp32":
@@ -90,17 +95,42 @@ class Recipe:
             linears = replace(linears, block_size=block_size, or_smaller=False)
         if method is not None:
             linears = replace(linears, method=method)
-        # Calibration sees the inputs of linear layers only.
-        tables = replace(
-            linears, bits=TABLE_BITS, method="search" if method == "gptq" else linears.method
+        for pattern in keep:
+            _, _, form = pattern.partition("=")
+            if form and form not in _KEPT_AS:
+                raise OptionError(
+                    f"--keep PATTERN=FORMAT keeps weights in {' or '.join(_KEPT_AS)}, got {pattern}"
+                )
+        return cls(
+            linears,
+            replace(linears, bits=8, method=_uncalibrated(linears.method)),
+            keep,
+            native,
+            method is not None,
         )
-        return cls(linears, tables, keep, native, method is not None)
 
-    def options_for(self, name: str, role: Role) -> QuantizationOptions | None:
-        """Format and method of a tensor by what it does and what it is called; None for fp32."""
-        if role == "float" or any(_matches(pattern, name, role) for pattern in self.keep):
+    def options_for(self, name: str, role: Role, outputs: int) -> QuantizationOptions | None:
+        """Format and method of a tensor; None for fp32.
+
+        Args:
+            name: What it is called.
+            role: What it does.
+            outputs: N of a weight: of a table the tokens of the vocabulary.
+        """
+        if role == "float":
             return None
-        return self.linears if role == "linear" else self.tables
+        kept = {_format_of(pattern) for pattern in self.keep if _matches(pattern, name, role)}
+        if "fp32" in kept:
+            return None
+        if "int8" in kept or role == "embedding":
+            return self.in_bytes
+        if role == "linear":
+            return self.linears
+        # A packed column of an odd table would begin within a byte, every other row.
+        if self.native or (role == "tied table" and outputs % 2):
+            return self.in_bytes
+        # Calibration sees the inputs of linear layers only.
+        return replace(self.linears, method=_uncalibrated(self.linears.method))
 
     def check_keep(self, roles: Iterable[tuple[str, Role]]) -> None:
         """Refuse a pattern that keeps nothing.
@@ -123,7 +153,15 @@ class Recipe:
 def _matches(pattern: str, name: str, role: Role) -> bool:
     # A tied table is known by both its names.
     names = (EMBEDDING_NAME, LM_HEAD_NAME) if role == "tied table" else (name,)
-    return any(fnmatchcase(each, pattern) for each in names)
+    return any(fnmatchcase(each, pattern.partition("=")[0]) for each in names)
+
+
+def _format_of(pattern: str) -> str:
+    return pattern.partition("=")[2] or _KEPT_AS[0]
+
+
+def _uncalibrated(method: Method) -> Method:
+    return "search" if method == "gptq" else method
 
 
 def native_precision(exact_bits: Iterable[int | None]) -> str:

@@ -78,7 +78,10 @@ def tensor_sources(
             sources.append(TensorSource(name, parameter.shape, partial(tables.__getitem__, name)))
             continue
         stored = names.get(name, name)
-        options = recipe.options_for(name, role) if recipe is not None else None
+        options = None
+        if recipe is not None and role != "float":
+            _, outputs = _inputs_and_outputs(parameter)
+            options = recipe.options_for(name, role, outputs)
         if recipe is not None and recipe.native and role == "linear":
             options = options if stored in checkpoint.quantized else None
         if options is None:
@@ -90,7 +93,9 @@ def tensor_sources(
                 done=partial(checkpoint.release, stored),
             )
         else:
-            chosen = quantizer if role == "linear" and quantizer else BlockwiseQuantizer(options)
+            # A calibrated quantizer takes linear layers of the recipe's own format alone.
+            calibrated = recipe is not None and options == recipe.linears and role == "linear"
+            chosen = quantizer if quantizer and calibrated else BlockwiseQuantizer(options)
             bits = (exact_bits or {}).get(stored)
             source = _quantized_source(checkpoint, parameter, stored, options, chosen, role, bits)
         sources.append(source)

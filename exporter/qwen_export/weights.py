@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ __all__ = [
     "TensorSource",
     "WeightsFile",
     "bind_weights",
+    "codes_of_bytes",
     "scale_name",
     "to_float32",
     "write_weights",
@@ -300,6 +301,26 @@ def _pack_int4(codes: npt.NDArray[np.int8]) -> Array:
     return halves[0::2] | (halves[1::2] << np.uint8(4))
 
 
+def codes_of_bytes(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """Bytes that a graph looks up, two codes in each, as INT4; another tensor as it is.
+
+    Args:
+        tensor: UINT8 [E, V / 2] for codes [E, V].
+    """
+    if tensor.dtype != ir.DataType.UINT8:
+        return tensor
+    rows, num_bytes = tensor.shape.numpy()
+    return ir.ExternalTensor(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        ir.DataType.INT4,
+        shape=ir.Shape([rows, 2 * num_bytes]),
+        name=tensor.name,
+        base_dir=tensor.base_dir,
+    )
+
+
 def bind_weights(
     model: ir.Model, weights: WeightsFile, aliases: Mapping[str, str] | None = None
 ) -> None:
@@ -316,6 +337,10 @@ def bind_weights(
         if name.startswith("constant."):
             continue
         tensor = weights.tensors[name if name in weights.tensors else aliases[name]]
+        if (value.dtype, tensor.dtype) == (ir.DataType.UINT8, ir.DataType.INT4):
+            # Looked up as bytes, two codes in each.
+            *rows, codes = tensor.shape
+            tensor = replace(tensor, shape=(*rows, codes // 2), dtype=ir.DataType.UINT8)
         if value.shape is None or tuple(value.shape) != tensor.shape:
             raise AssertionError(f"{name}: the graph wants {value.shape}, the file has {tensor}")
         if value.dtype != tensor.dtype:

@@ -13,6 +13,8 @@ import numpy as np
 
 from qwen_runtime.backends.base import FloatArray, ModelRunner
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
+from qwen_runtime.backends.packed_cache import PackedCache
+from qwen_runtime.backends.sessions import MIN_CACHED_BYTES
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.comparison import TOLERANCES, Comparison, compare
 from qwen_runtime.errors import BundleError
@@ -110,6 +112,8 @@ class CheckResult:
     have bounds of their own, made from what the build measured."""
     served_mean_tolerance: float | None = None
     """Largest mean error of ``served``."""
+    packed_weights: str | None = None
+    """Folder of the packed weights that ``served`` may have read; None where it keeps none."""
 
     @property
     def passed(self) -> bool:
@@ -119,14 +123,26 @@ class CheckResult:
     @property
     def problem(self) -> str | None:
         """What is wrong, in words; None if it passed."""
-        if self.first_departure is not None:
-            return str(self.first_departure)
-        served, allowed = self.served, self.served_mean_tolerance
+        departure, served, allowed = self.first_departure, self.served, self.served_mean_tolerance
+        if departure is not None and (served is None or departure != served.first_departure):
+            return str(departure)
+        if departure is not None:
+            return f"{departure}{self._where_to_look}"
         if served is None or allowed is None or served.mean_error <= allowed:
             return None
         return (
             f"{served.backend}: mean logit error {served.mean_error:.2g} is above the "
-            f"{allowed:.2g} that the build's measurement allows"
+            f"{allowed:.2g} that the build's measurement allows{self._where_to_look}"
+        )
+
+    @property
+    def _where_to_look(self) -> str:
+        """What to do where only the way of serving departs: the bundle's own files are sound."""
+        if self.packed_weights is None:
+            return ""
+        return (
+            f"; packed weights may be damaged: delete {self.packed_weights}, which is made again, "
+            "and check once more"
         )
 
     @property
@@ -184,13 +200,18 @@ def check(
         _replay(name, open_runner, bundle, data, tolerance, progress)
         for name, open_runner in backends.items()
     )
-    served = mean_bound = None
+    served = mean_bound = packed = None
     quality = manifest.parity.quality
     if on_cpu and quality is not None:
         bound = _served_bound(quality.served_error, tolerance)
         served = _replay(SERVED_BACKEND, OnnxRuntimeRunner, bundle, data, bound, progress)
         mean_bound = _served_bound(quality.mean_served_error, tolerance)
-    return CheckResult(len(manifest.files), tolerance, len(data.rows), replays, served, mean_bound)
+        if manifest.files[manifest.weights.file].num_bytes >= MIN_CACHED_BYTES:
+            cache = PackedCache.of_user()
+            packed = None if cache is None else str(cache.root)
+    return CheckResult(
+        len(manifest.files), tolerance, len(data.rows), replays, served, mean_bound, packed
+    )
 
 
 def _served_bound(measured: float, tolerance: float) -> float:

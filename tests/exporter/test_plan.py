@@ -138,6 +138,37 @@ def test_caches_of_rows_and_kept_prompts_are_what_a_runner_takes(embedded_bundle
         runner.close()
 
 
+def test_outgrown_caches_count_where_prompts_are_kept_and_buffers_are_small() -> None:
+    config = open_checkpoint(embedded_model()).config
+    layout = Layout.of([StoredBytes("model.norm.weight", 1 << 20)], tied=True)
+    settings: dict[str, Any] = {"limit": 1 << 20, "packed_cache": True}
+    few, many = (
+        run_memory(config, layout, context=512, batch=batch, **settings)
+        for batch in (1, KEPT_SLOTS)
+    )
+    assert few.outgrown == few.kept_prompts > 0
+    assert many.outgrown == many.kept_prompts == 0
+    # The largest buffer has the keys of all slots of a layer.
+    token = few.kv_cache // config.num_hidden_layers // 2 // 512
+    assert (
+        run_memory(config, layout, context=(32 << 20) // token, batch=1, **settings).outgrown == 0
+    )
+    for change in ({"packed_cache": False}, {"compute_dtype": "bf16"}):
+        use = run_memory(config, layout, context=512, batch=1, **{**settings, **change})
+        assert use.outgrown == 0
+
+
+def test_an_engine_holds_a_tied_table_of_4_bits_twice() -> None:
+    stored = [
+        StoredBytes("model.embed_tokens.weight", 100, bits=4),
+        StoredBytes("model.embed_tokens.weight_scale", 40, is_scale=True),
+    ]
+    assert Layout.of(stored, tied=True).head == 140
+    assert Layout.of(stored, tied=True, compute_bytes=2).head == 2 * 100 + 20
+    in_bytes = [replace(stored[0], bits=8), stored[1]]
+    assert Layout.of(in_bytes, tied=True, compute_bytes=2).head == 100 + 20
+
+
 def test_memory_grows_with_batch_and_context_alone_where_it_should() -> None:
     made = plan_fp32(embedded_model(), contexts=(512, 1024), batches=(1, 4))
     one, longer, four, _ = made.precisions[0].memory
@@ -310,5 +341,5 @@ def test_large_quantised_weights_are_mapped_from_the_packed_cache() -> None:
         run_memory(config, layout, context=64, batch=1, limit=64, packed_cache=cached)
         for cached in (False, True)
     )
-    assert (mapped.weights, packed.total) == (0, mapped.total)
+    assert (mapped.weights, packed.total) == (0, mapped.total - mapped.outgrown)
     assert mapped.mapped > packed.mapped

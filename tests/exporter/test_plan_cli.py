@@ -206,7 +206,7 @@ def test_tables_are_as_wide_as_columns_says_and_never_cut(
     assert max(map(len, lines[1:])) <= max(80, int(columns))
     assert "…" not in result.stdout
     (heads,) = (line.split() for line in lines if line.startswith("format where"))
-    assert heads[-2:] == ["Python", "total"]
+    assert heads[-2:] == ["process", "total"]
 
 
 def test_json_has_the_same_plan_for_machines() -> None:
@@ -217,7 +217,7 @@ def test_json_has_the_same_plan_for_machines() -> None:
     disk, (use, _) = entry["disk"], entry["memory"]
     sizes = ("weights", "graphs", "text", "reports")
     assert disk["total"] == sum(disk[name] for name in sizes)
-    parts = ("weights", "mapped", "kv_cache", "kept_prompts", "activations", "process")
+    parts = ("weights", "mapped", "kv_cache", "kept_prompts", "activations", "outgrown", "process")
     assert use["total"] == sum(use[name] for name in parts)
     assert document["bandwidth"] > 0
 

@@ -308,6 +308,104 @@ def test_a_second_rounding_must_be_asked_for(
     assert kinds(bundle) == {*searched, TABLE, FLOATS}
 
 
+# --- tables of 4 bits ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """int4 with a tied table whose tokens share bytes two by two."""
+    root = tmp_path_factory.mktemp("even")
+    folder = small_checkpoint(root / "model-True", vocab_size=102)
+    return build(folder, root / "out", BuildOptions("int4", verify=False))
+
+
+def test_a_tied_table_of_4_bits_is_looked_up_as_its_own_bytes(even: Bundle) -> None:
+    assert ("tied table", "int4", 64, "search") in kinds(even)
+    for phase in ("prefill", "decode"):
+        tensors = {tensor.name: tensor for tensor in graph_of(even, phase).graph.initializer}
+        table, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+        assert table.external_data == head.external_data
+        assert (table.data_type, list(table.dims)) == (onnx.TensorProto.UINT8, [64, 51])
+        assert (head.data_type, list(head.dims)) == (onnx.TensorProto.INT4, [64, 102])
+    sizes = sum(group.num_bytes for group in even.manifest.quantization.groups)  # type: ignore[union-attr]
+    assert sizes <= (even.path / "weights.bin").stat().st_size
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_looking_up_packed_codes_gives_the_columns_of_the_table(even: Bundle, phase: str) -> None:
+    graph = ir.load(even.path / f"{phase}.onnx")
+    (states,) = (
+        node.outputs[0]
+        for node in graph.graph
+        if node.op_type == "Transpose" and node.inputs[0].producer().op_type == "DequantizeLinear"
+    )
+    graph.graph.outputs.append(states)
+    path = even.path / f"looked-up-{phase}.onnx"
+    ir.save(graph, path)
+    ids = np.arange(102).reshape(102, 1) if phase == "decode" else np.arange(102).reshape(2, 51)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    given = {
+        "input_ids": ids,
+        "past_lengths": np.zeros(len(ids), np.int64),
+        "logits_indices": np.zeros((len(ids), 1), np.int64),
+    }
+    cache = np.zeros((len(ids), 2, 64, 16), np.float32)
+    feeds = {entry.name: given.get(entry.name, cache) for entry in session.get_inputs()}
+    (found,) = session.run([states.name], feeds)
+    expected = BundleWeights(even, checkpoint_of(even)).read("model.embed_tokens.weight")
+    np.testing.assert_array_equal(found, expected[ids])
+    head = BundleWeights(even, checkpoint_of(even)).read("lm_head.weight")
+    np.testing.assert_array_equal(head, expected)
+
+
+def test_onnxruntime_fuses_a_tied_projection_of_4_bits(even: Bundle, tmp_path: Path) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(even.path / "prefill.onnx", options, ["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node
+    counts = Counter(node.op_type for node in nodes)
+    assert counts["MatMulNBits"] == 2 * 7 + 1
+    assert counts["DequantizeLinear"] == 1
+
+
+@pytest.mark.slow
+def test_a_tied_table_of_4_bits_passes_parity(tmp_path: Path) -> None:
+    folder = small_checkpoint(tmp_path / "model", vocab_size=102)
+    bundle = build(folder, tmp_path / "out", BuildOptions("int4", block_size=32))
+    assert bundle.manifest.parity.status == "passed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sizes", "keep", "role", "form"),
+    [
+        ({}, (), "tied table", "int8"),
+        ({"vocab_size": 102}, ("lm_head.weight=int8",), "tied table", "int8"),
+        ({"vocab_size": 102}, ("model.embed_tokens.*=int8",), "tied table", "int8"),
+        ({"vocab_size": 102}, ("lm_head.*=int8", "lm_head.*=fp32"), "tied table", "fp32"),
+        (UNTIED, (), "lm_head", "int4"),
+        (UNTIED, (), "embedding", "int8"),
+        (UNTIED, ("lm_head.weight=int8",), "lm_head", "int8"),
+        (UNTIED, ("*.down_proj.*=int8",), "lm_head", "int4"),
+    ],
+)
+def test_tables_take_the_precision_but_where_they_are_odd_or_kept(
+    sizes: dict[str, Any], keep: tuple[str, ...], role: str, form: str, tmp_path: Path
+) -> None:
+    folder = small_checkpoint(tmp_path / "model", **sizes)
+    options = BuildOptions("int4", verify=False, block_size=32, keep=keep)
+    bundle = build(folder, tmp_path / "out", options)
+    assert form in {kind[1] for kind in kinds(bundle) if kind[0] == role}
+    linears = {kind[1] for kind in kinds(bundle) if kind[0] == "linear"}
+    assert linears == ({"int4", "int8"} if "*.down_proj.*=int8" in keep else {"int4"})
+
+
+def test_a_format_that_weights_are_not_kept_in_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"keeps weights in fp32 or int8, got lm_head=fp8"):
+        BuildOptions("int4", keep=("lm_head=fp8",))
+
+
 # --- weights to keep ----------------------------------------------------------------------------
 
 

@@ -59,6 +59,17 @@ def test_the_command_repeats_what_was_run(result: BenchResult, embedded_bundle: 
     )
 
 
+def test_a_command_holds_elsewhere_and_names_its_threads(
+    embedded_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(embedded_bundle.parent)
+    settings = BenchOptions(prompt_tokens=(8,), new_tokens=2, repeat=1)
+    result = bench(Bundle.open(Path(embedded_bundle.name)), settings)
+    words = result.command.split()
+    assert Path(words[2]).is_absolute()
+    assert words[words.index("--threads") + 1] == str(result.environment.threads)
+
+
 def test_a_result_names_bundle_and_machine(result: BenchResult, embedded_bundle: Path) -> None:
     assert result.bundle.manifest_sha256 == sha256_of(embedded_bundle / "manifest.json")
     assert result.bundle.weights_bytes == (embedded_bundle / "weights.bin").stat().st_size

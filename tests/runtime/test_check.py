@@ -16,7 +16,14 @@ import pytest
 
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
 from qwen_runtime.bundle import Bundle, sha256_of
-from qwen_runtime.check import CPU_BACKENDS, check
+from qwen_runtime.check import (
+    CPU_BACKENDS,
+    SERVED_BACKEND,
+    CheckDeparture,
+    CheckResult,
+    ReplayResult,
+    check,
+)
 from qwen_runtime.errors import BundleError
 from qwen_runtime.reference_data import REFERENCE_FILE, ReferenceData
 
@@ -196,3 +203,19 @@ def test_check_needs_no_torch_transformers_or_onnx(verified_bundle: Path) -> Non
     command = [sys.executable, "-c", code, str(verified_bundle)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.parametrize("departs", [True, False])
+def test_packed_weights_are_suspected_where_only_serving_departs(departs: bool) -> None:
+    departure = CheckDeparture(SERVED_BACKEND, "hello", 3, 0.9, 1, 2)
+    sound = ReplayResult("ONNX Runtime", 8, 1e-6, 1e-7, 1e-4, 0, None)
+    served = ReplayResult(SERVED_BACKEND, 8, 0.9, 0.5, 0.1, 0, departure if departs else None)
+    result = CheckResult(5, 1e-4, 2, (sound,), served, 0.05, "/cache/packed")
+    problem = result.problem or ""
+    assert problem.startswith(SERVED_BACKEND)
+    assert "delete /cache/packed, which is made again" in problem
+    bare = replace(result, packed_weights=None)
+    assert "delete" not in (bare.problem or "")
+    own = replace(departure, backend="ONNX Runtime")
+    both = replace(result, replays=(replace(sound, first_departure=own),))
+    assert both.problem == str(own)

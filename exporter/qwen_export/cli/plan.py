@@ -56,7 +56,7 @@ _POSITIVE = click.IntRange(min=1)
 @click.option(
     "--keep",
     multiple=True,
-    metavar="PATTERN",
+    metavar="PATTERN[=int8]",
     help="As of build, for int8 and int4; may be given more than once.",
 )
 @click.option(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qwen_export.checkpoint import Checkpoint, ModelConfig, Tying, expected_tensors
 from qwen_export.checkpoint.tensors import EMBEDDING_NAME, LM_HEAD_NAME
 from qwen_export.model.parameters import parameters
-from qwen_export.weights import BlockFormat, scale_name
+from qwen_export.weights import BlockFormat, codes_of_bytes, scale_name
 from qwen_runtime.backends.base import IntArray
 from qwen_runtime.bundle import Bundle
 
@@ -97,7 +97,7 @@ class BundleWeights:
         self.names = list(expected_tensors(checkpoint.config))
         graph = ir.load(bundle.file(bundle.manifest.graphs["prefill"].file)).graph
         self._tensors = {
-            name: value.const_value
+            name: codes_of_bytes(value.const_value)
             for name, value in graph.initializers.items()
             if isinstance(value.const_value, ir.ExternalTensor)
         }

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["share_constants"]
+__all__ = ["constant", "share_constants"]
 
 
 def share_constants(model: ir.Model) -> None:
     """Replace Constant nodes by initializers that equal constants share."""
-    shared: dict[str, ir.Value] = {}
     for node in list(model.graph):
         if node.op_type != "Constant" or node.domain:
             continue
-        array = _value(node)
-        name = _name(array)
-        if name not in shared:
-            tensor = ir.tensor(array, name=name)
-            shared[name] = ir.val(
-                name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor
-            )
-            model.graph.register_initializer(shared[name])
-        node.outputs[0].replace_all_uses_with(shared[name])
+        node.outputs[0].replace_all_uses_with(constant(model.graph, _value(node)))
         model.graph.remove(node, safe=True)
+
+
+def constant(graph: ir.Graph, array: npt.NDArray[np.generic]) -> ir.Value:
+    """The initializer of a small constant, made if the graph has none yet."""
+    name = _name(array)
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.val(name, dtype=tensor.dtype, shape=ir.Shape(array.shape), const_value=tensor)
+        )
+    return graph.initializers[name]
 
 
 def _value(node: ir.Node) -> np.ndarray:

@@ -14,16 +14,23 @@ Only the rows asked for are dequantised::
 A tied output projection becomes a linear layer over the same bytes of the weights file, under
 initializers of its own: one initializer with two kinds of readers keeps ONNX Runtime from fusing
 DequantizeLinear and MatMul.
+
+There is no Gather of INT4. A tied table of 4 bits is looked up as its bytes, two tokens in each::
+
+    bytes [E, V / 2] - Gather(1) at ids / 2 - BitShift by 4 * (ids mod 2) - signed code
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qwen_export.checkpoint.tensors import EMBEDDING_NAME, LM_HEAD_NAME
+from qwen_export.passes.constants import constant
 from qwen_export.weights import BlockFormat, StoredTensor, scale_name
 
 __all__ = ["TIED_ALIASES", "quantize"]
@@ -65,7 +72,10 @@ def _embedding(graph: ir.Graph, node: ir.Node, stored: StoredTensor, form: Block
         raise AssertionError(f"{node.name}: the shape of the ids must be known")
     codes, scales = _initializers(graph, stored.name, stored, form)
     vocab_axis = {"axis": 1 - form.axis}
-    some_codes = _insert(graph, node, "Gather", [codes, ids], vocab_axis)
+    if form.bits == 4:
+        some_codes = _look_up_packed(graph, node, codes, ids)
+    else:
+        some_codes = _insert(graph, node, "Gather", [codes, ids], vocab_axis)
     some_scales = _insert(graph, node, "Gather_1", [scales, ids], vocab_axis)
     # The axes of the ids take the place of the vocabulary's.
     num_ids = len(ids.shape)
@@ -75,6 +85,28 @@ def _embedding(graph: ir.Graph, node: ir.Node, stored: StoredTensor, form: Block
         states = _insert(graph, node, "Transpose", [states], {"perm": [*range(1, num_ids + 1), 0]})
     output.replace_all_uses_with(states)
     graph.remove(node, safe=True)
+
+
+def _look_up_packed(graph: ir.Graph, node: ir.Node, codes: ir.Value, ids: ir.Value) -> ir.Value:
+    """Columns [E, ...] of a table [E, V] of 4 bits, as bytes."""
+    inputs, tokens = codes.shape.numpy() if codes.shape is not None else (0, 1)
+    if tokens % 2:
+        raise AssertionError(f"{codes.name}: {tokens} tokens do not share bytes two by two")
+    codes.dtype, codes.shape = ir.DataType.UINT8, ir.Shape([inputs, tokens // 2])
+
+    def step(name: str, value: ir.Value, number: int, dtype: npt.DTypeLike) -> ir.Value:
+        operand = constant(graph, np.array(number, dtype))
+        return _insert(graph, node, name, [value, operand], {})
+
+    pair = step("Div", ids, 2, np.int64)
+    bits = step("Mul", step("Mod", ids, 2, np.int64), 4, np.int64)
+    shift = _insert(graph, node, "Cast", [bits], {"to": ir.DataType.UINT8})
+    two = _insert(graph, node, "Gather", [codes, pair], {"axis": 1})
+    one = _insert(graph, node, "BitShift", [two, shift], {"direction": "RIGHT"})
+    # 0 to 7 and -8 to -1 are 8 to 15 and 0 to 7 with the sign's bit turned over.
+    raised = step("BitwiseXor", step("BitwiseAnd", one, 15, np.uint8), 8, np.uint8)
+    whole = _insert(graph, node, "Cast_1", [raised], {"to": ir.DataType.INT8})
+    return step("Sub", whole, 8, np.int8)
 
 
 def _tied_head(graph: ir.Graph, node: ir.Node, stored: StoredTensor, form: BlockFormat) -> None:
@@ -125,7 +157,7 @@ def _insert(
     reader: ir.Node,
     name: str,
     inputs: Sequence[ir.Value | None],
-    attributes: Mapping[str, int | list[int]],
+    attributes: Mapping[str, int | str | list[int]],
 ) -> ir.Value:
     """Add a node before another one and in its module; "Gather_1" is a Gather."""
     full = f"{str(reader.name).rpartition('/')[0]}/{name}"

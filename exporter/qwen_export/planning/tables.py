@@ -119,7 +119,7 @@ def _disk(plan: Plan) -> Table:
 def _memory(plan: Plan) -> Table:
     table = _table(
         *("format", "where", "rows", "tokens\na row", "weights", "mapped", "KV\ncache"),
-        *("kept\nprompts", "activa-\ntions", "Python", "total"),
+        *("kept\nprompts", "activa-\ntions", "process", "total"),
         numbers=9,
     )
     for entry in _possible(plan):
@@ -130,7 +130,7 @@ def _memory(plan: Plan) -> Table:
                 use.kv_cache,
                 use.kept_prompts,
                 use.activations,
-                use.process,
+                use.outgrown + use.process,
                 use.total,
             )
             where = "CPU" if use.device == "cpu" else f"GPU {use.compute_dtype}"

@@ -70,7 +70,7 @@ def bench(
     peak = peak_memory_bytes()
     bandwidth = read_bandwidth(environment.threads)
     return BenchResult(
-        command=_command(bundle, options),
+        command=_command(bundle, options, environment.threads),
         bundle=_facts(bundle),
         options=options,
         environment=environment,
@@ -115,15 +115,20 @@ def _facts(bundle: Bundle) -> BundleFacts:
     )
 
 
-def _command(bundle: Bundle, options: BenchOptions) -> str:
-    """The command line that runs the same again, defaults spelled out."""
-    words = ["qwen-run", "bench", str(bundle.path)]
+def _command(bundle: Bundle, options: BenchOptions, threads: int) -> str:
+    """The command line that runs the same again from any folder, defaults spelled out."""
+    words = ["qwen-run", "bench", str(bundle.path.absolute())]
     for length in options.prompt_tokens:
         words += ["--prompt-tokens", str(length)]
-    for name in ("new_tokens", "batch", "repeat", "threads", "seed"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    settings = {
+        "new-tokens": options.new_tokens,
+        "batch": options.batch,
+        "repeat": options.repeat,
+        "threads": threads,
+        "seed": options.seed,
+    }
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
