@@ -363,15 +363,24 @@ class TensorRtDouble:
         )
 
     def on_device_2d(
-        self, target: int, source: int, *, pitch: int, width: int, height: int, stream: int
+        self,
+        target: int,
+        source: int,
+        *,
+        pitch: int,
+        width: int,
+        height: int,
+        stream: int,
+        source_pitch: int | None = None,
     ) -> None:
-        if not 0 < width <= pitch:
-            raise FaultError(f"a copy of {width} bytes every {pitch}")
+        apart = source_pitch or pitch
+        if not 0 < width <= min(pitch, apart):
+            raise FaultError(f"a copy of {width} bytes every {pitch} from every {apart}")
 
         def run() -> None:
             self.counts["on_device"] += width * height
             for row in range(height):
-                content = self._slice(source + row * pitch, width)
+                content = self._slice(source + row * apart, width)
                 self._slice(target + row * pitch, width)[:] = content
 
         self._give(stream, _Work(run))

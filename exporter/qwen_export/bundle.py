@@ -37,7 +37,7 @@ from qwen_export.quantization import BLOCK_SIZES, METHODS, Method, Quantizer, ma
 from qwen_export.rotary import context_limit
 from qwen_export.sources import stored_names, tensor_sources
 from qwen_export.staging import install, require_absent, staging_folder
-from qwen_export.targets.engine import build_engine, check_target
+from qwen_export.targets.add import add_target, check_targets
 from qwen_export.trace import Phase, trace
 from qwen_export.weights import Source, WeightsFile, bind_weights, write_weights
 from qwen_runtime.bundle import Bundle
@@ -59,8 +59,9 @@ class BuildOptions:
     precision: str | None = None
     """Format of the weights: fp32, int8 or int4; None for the checkpoint's own if it is quantised
     exactly, else fp32."""
-    compute_dtype: str = "fp32"
-    """Format of activations and caches; "fp32" is offered."""
+    compute_dtype: str | None = None
+    """Format of activations and caches in what ``targets`` add: "bf16", "fp16" or "fp32"; None for
+    bf16. The portable graphs compute in fp32."""
     max_context: int | None = None
     """Longest row in tokens; None for the checkpoint's max_position_embeddings."""
     verify: bool = True
@@ -76,16 +77,13 @@ class BuildOptions:
     keep: tuple[str, ...] = ()
     """Patterns, as of a shell, of the weights that are stored in fp32 instead of quantised."""
     targets: tuple[str, ...] = ()
-    """Engines to build into the bundle with their default options: "tensorrt-rtx", "tensorrt"."""
+    """What to build into the bundle with default options: engines for "tensorrt-rtx" and
+    "tensorrt", graphs for "cuda"."""
 
     def __post_init__(self) -> None:
         _require_one_of("--precision", self.precision, PRECISIONS)
         _require_one_of("--block-size", self.block_size, BLOCK_SIZES)
         _require_one_of("--quantizer", self.quantizer, METHODS)
-        if self.compute_dtype != "fp32":
-            raise OptionError(
-                f"--compute-dtype must be fp32, the only verified one, got {self.compute_dtype}"
-            )
         if self.max_context is not None and self.max_context < 1:
             raise OptionError(f"--max-context must be at least 1 token, got {self.max_context}")
         if (self.quantizer == "gptq") != (self.calibration is not None):
@@ -169,8 +167,7 @@ def build(
     options = options or BuildOptions()
     output = output.absolute()
     require_absent(output, overwrite=overwrite)
-    for target in options.targets:
-        check_target(target)
+    check_targets(options.targets, options.compute_dtype)
     checkpoint = open_checkpoint(embedded_model() if model is None else model, revision=revision)
     require_supported(checkpoint.config)
     max_context = context_limit(checkpoint.config, options.max_context)
@@ -209,7 +206,7 @@ def build(
             weights,
             max_context=max_context,
             precision=precision,
-            compute_dtype=options.compute_dtype,
+            compute_dtype="fp32",
             source=source_name(checkpoint, model),
             quantization=quantization,
         )
@@ -221,7 +218,7 @@ def build(
     bundle = Bundle.open(output)
     for target in dict.fromkeys(options.targets):
         try:
-            build_engine(bundle, target, progress=progress)
+            add_target(bundle, target, options.compute_dtype, progress=progress)
         except TargetError as error:
             raise TargetError(
                 f"{output} is complete, but it has no engine for {target}: {error}",

@@ -10,9 +10,10 @@ import onnx
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_file import ENGINES_FOLDER, EngineFolder, engine_names
 from qwen_runtime.errors import BundleError
+from qwen_runtime.lowered_file import LOWERED_FOLDER, LoweredFolder, lowered_names
 from qwen_runtime.manifest import GraphEntry, QualitySummary, QuantizationEntry
 
-__all__ = ["describe_text", "engine_line", "summary"]
+__all__ = ["describe_text", "engine_line", "lowered_line", "summary"]
 
 
 COLUMNS = 80
@@ -25,6 +26,7 @@ def summary(bundle: Bundle) -> dict[str, object]:
         "bundle": str(bundle.path),
         "operators": {name: _operators(bundle, name) for name in bundle.manifest.graphs},
         "engines": {name: _engine_document(bundle, name) for name in engine_names(bundle.path)},
+        "lowered": {name: _lowered_document(bundle, name) for name in lowered_names(bundle.path)},
         **asdict(bundle.manifest),
     }
 
@@ -65,6 +67,8 @@ def describe_text(bundle: Bundle) -> str:
     ]
     for name in engine_names(bundle.path):
         lines += ["", f"engine: {ENGINES_FOLDER}/{name}", *_engine(bundle, name)]
+    for name in lowered_names(bundle.path):
+        lines += ["", f"lowered: {LOWERED_FOLDER}/{name}", *_lowered(bundle, name)]
     return "\n".join(lines)
 
 
@@ -90,6 +94,46 @@ def engine_line(engine: EngineFolder) -> str:
         f"{size / 1e6:.1f} MB, {description.compute_dtype}, {description.max_batch} rows of "
         f"{description.capacity} tokens, SM {', '.join(map(str, description.sms))}; not executed"
     )
+
+
+def lowered_line(lowered: LoweredFolder) -> str:
+    """One line on lowered graphs: their type and attention, and that they were not executed."""
+    description = lowered.description
+    size = sum(entry.num_bytes for entry in description.files.values())
+    return (
+        f"{size / 1e6:.1f} MB, {description.compute_dtype}, {_ATTENTION[description.attention]}, "
+        "over the bundle's weights; not executed"
+    )
+
+
+_ATTENTION = {"group_query": "GroupQueryAttention", "mask": "attention under a mask"}
+
+
+def _lowered_document(bundle: Bundle, name: str) -> dict[str, object]:
+    try:
+        return asdict(LoweredFolder.open(bundle, name).description)
+    except BundleError as error:
+        return {"unusable": str(error)}
+
+
+def _lowered(bundle: Bundle, name: str) -> list[str]:
+    try:
+        lowered = LoweredFolder.open(bundle, name)
+    except BundleError as error:
+        return [f"  unusable      {error}"]
+    found = lowered.description
+    needs = ", ".join(f"{key} >= {each}" for key, each in found.minimum_engine_versions.items())
+    return [
+        f"  {lowered_line(lowered)}",
+        f"  made by       {found.producer}, {found.created}",
+        *_row("needs", needs),
+        *(
+            f"  {graph.file:<13} {found.files[graph.file].num_bytes:,} bytes, sha256 "
+            f"{found.files[graph.file].sha256[:16]}"
+            for graph in found.graphs.values()
+        ),
+        f"  make again    {lowered.remake_command}",
+    ]
 
 
 def _engine_document(bundle: Bundle, name: str) -> dict[str, object]:

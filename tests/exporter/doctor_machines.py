@@ -49,6 +49,7 @@ WORKSTATION = Machine(
 )
 RUN_RTX, RUN_CPU, BUILD = "run TensorRT-RTX engines", "run bundles on the CPU", "build bundles"
 BUILD_RTX, ENTERPRISE = "build TensorRT-RTX engines", "build and run TensorRT engines"
+RUN_CUDA = "run bundles on a GPU with ONNX Runtime"
 GRAMMAR = "hold answers to a grammar"
 
 

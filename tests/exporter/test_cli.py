@@ -104,7 +104,8 @@ def test_overwrite_replaces_a_bundle(checkpoint: Path, tmp_path: Path) -> None:
         ("--block-size", "48", "'48' is not one of '32', '64', '128'"),
         ("--quantizer", "hqq", "'hqq' is not one of 'rtn', 'search', 'gptq'"),
         ("--calibration", "missing.txt", "'missing.txt' does not exist"),
-        ("--compute-dtype", "bf16", "'bf16' is not 'fp32'"),
+        ("--compute-dtype", "bf16", "--compute-dtype bf16 needs a --target"),
+        ("--compute-dtype", "int8", "'int8' is not one of 'bf16', 'fp16', 'fp32'"),
         ("--max-context", "0", "0 is not in the range x>=1"),
     ],
 )

@@ -12,7 +12,12 @@ import click
 from exporter.doctor_machines import HOPPER, RTX, WORKSTATION, with_cuda
 
 from qwen_export.doctor import bundle_capabilities, capabilities, faults, read_bundle, report_text
-from qwen_export.doctor.bundle_fit import BundleFacts, EngineFacts, needed_bytes
+from qwen_export.doctor.bundle_fit import (
+    BundleFacts,
+    EngineFacts,
+    LoweredFacts,
+    needed_bytes,
+)
 from qwen_export.doctor.machine import (
     Cpu,
     Cuda,
@@ -24,6 +29,7 @@ from qwen_export.doctor.machine import (
     Trial,
 )
 from qwen_export.doctor.verdict import Capability
+from qwen_export.lowering import LoweringOptions, lower_bundle
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_description import EngineDescription, EngineProfile, PlanEntry, SizeEntry
 from qwen_runtime.engine_file import EngineFolder
@@ -126,6 +132,41 @@ def test_a_damaged_engine_is_refused_with_the_reason(
     (_, engine) = bundle_capabilities(WORKSTATION, facts)
     assert not engine.can
     assert "size must be 4 bytes, got 11" in engine.why
+
+
+def test_graphs_for_cuda_are_judged_by_the_machine_and_by_trying(
+    golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cuda = replace(WORKSTATION.onnxruntime, providers=("CUDAExecutionProvider",), runs_cuda=True)
+    with_provider = replace(WORKSTATION, onnxruntime=cuda)
+
+    def verdict_on(machine: Machine, facts: BundleFacts) -> Capability:
+        (_, found) = bundle_capabilities(machine, facts)
+        return found
+
+    facts = BundleFacts("b", "fp32", 10)
+    assert len(bundle_capabilities(WORKSTATION, facts)) == 1
+    missing = verdict_on(with_provider, facts)
+    assert (missing.can, missing.why) == (False, "it has none")
+    assert missing.fix == "qwen-export engine b --target cuda"
+
+    bundle = small_bundle(golden_bundle, tmp_path / "bundle")
+    lower_bundle(bundle, "cuda", LoweringOptions("fp16"))
+    facts = read_bundle(bundle, replace(WORKSTATION, memory=Memory(1, 1)))
+    assert facts.lowered == LoweredFacts("fp16")
+    refused = verdict_on(WORKSTATION, facts)
+    assert refused.fix == "pip uninstall -y onnxruntime && pip install 'qwen-export[cuda]'"
+
+    tried = replace(facts, lowered=LoweredFacts("fp16", trial=Trial(True, 2.0)))
+    assert verdict_on(with_provider, tried).why == (
+        "in fp16 on NVIDIA L4 they answered with a token after 2.0 s"
+    )
+    failed = replace(facts, lowered=LoweredFacts("fp16", trial=Trial(False, 2.0, "no memory")))
+    assert verdict_on(with_provider, failed).why == "they fail: no memory"
+
+    (bundle.path / "lowered" / "cuda" / "decode.onnx").write_bytes(b"short")
+    damaged = verdict_on(WORKSTATION, read_bundle(bundle, WORKSTATION))
+    assert (damaged.can, "decode.onnx: size must be" in damaged.why) == (False, True)
 
 
 def test_a_bundle_larger_than_memory_is_not_even_tried(

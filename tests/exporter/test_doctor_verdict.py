@@ -15,6 +15,7 @@ from exporter.doctor_machines import (
     PACKAGES,
     RTX,
     RUN_CPU,
+    RUN_CUDA,
     RUN_RTX,
     WORKSTATION,
     verdict,
@@ -33,9 +34,12 @@ from qwen_export.doctor.machine import (
 from qwen_export.doctor.versions import is_wanted
 
 
-def test_a_complete_workstation_can_do_everything_but_enterprise_tensorrt() -> None:
+def test_a_complete_workstation_can_do_everything_but_what_takes_another_package() -> None:
     refused = [each.name for each in capabilities(WORKSTATION) if not each.can]
-    assert refused == ["build and run TensorRT engines (experimental)"]
+    assert refused == [
+        f"{RUN_CUDA} (experimental)",
+        "build and run TensorRT engines (experimental)",
+    ]
     assert faults(WORKSTATION) == ()
     assert verdict(WORKSTATION, RUN_RTX).why == "TensorRT-RTX 1.7.1.116 on NVIDIA L4 (SM 89)"
 
@@ -121,6 +125,46 @@ def test_an_engine_that_does_not_load_is_no_yes() -> None:
     runs = verdict(machine, RUN_RTX)
     assert not runs.can
     assert runs.why.endswith("cannot load a small engine: out of memory")
+
+
+GPU_PACKAGE = OnnxRuntime(
+    ("onnxruntime-gpu 1.31.1",),
+    "1.31.1",
+    ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    runs_cpu=True,
+    runs_cuda=True,
+)
+
+
+def test_onnxruntime_runs_on_a_gpu_only_if_it_did_when_it_was_tried() -> None:
+    machine = replace(WORKSTATION, onnxruntime=GPU_PACKAGE)
+    runs = verdict(machine, RUN_CUDA)
+    assert runs.can
+    assert runs.why == (
+        "onnxruntime 1.31.1 computed an attention on NVIDIA L4 (SM 89); qwen-export was never run so"
+    )
+    failing = replace(GPU_PACKAGE, runs_cuda=False, error="libcudnn.so.9 is missing")
+    runs = verdict(replace(machine, onnxruntime=failing), RUN_CUDA)
+    assert (runs.can, runs.fix) == (False, "pip install -U 'qwen-export[cuda]'")
+    assert runs.why.endswith("fails on NVIDIA L4 (SM 89): libcudnn.so.9 is missing")
+
+
+def test_what_onnxruntime_lacks_to_run_on_a_gpu_is_named_with_the_command() -> None:
+    runs = verdict(WORKSTATION, RUN_CUDA)
+    assert runs.why == "onnxruntime 1.31.1 is the package without CUDAExecutionProvider"
+    assert runs.fix == "pip uninstall -y onnxruntime && pip install 'qwen-export[cuda]'"
+    runs = verdict(replace(WORKSTATION, onnxruntime=OnnxRuntime(())), RUN_CUDA)
+    assert (runs.why, runs.fix) == (
+        "onnxruntime is not installed",
+        "pip install 'qwen-export[cuda]'",
+    )
+    runs = verdict(replace(with_cuda(bindings=False), onnxruntime=GPU_PACKAGE), RUN_CUDA)
+    assert (runs.why, runs.fix) == (
+        "cuda-bindings cannot be imported",
+        "pip install 'qwen-export[cuda]'",
+    )
+    runs = verdict(with_cuda(source=None, gpus=()), RUN_CUDA)
+    assert runs.why == "no NVIDIA driver was found"
 
 
 def test_missing_tensorrt_rtx_comes_with_its_extra() -> None:

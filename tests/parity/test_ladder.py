@@ -177,6 +177,7 @@ def test_check_that_cannot_see_a_shifted_past_fails(
     assert "the check is blind: with past_lengths off by one" in (report.first_departure or "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_context", [1, 2, 3])
 def test_shortest_contexts_verify_what_they_have_room_for(
     max_context: int,

@@ -113,6 +113,7 @@ def test_quality_is_recorded_and_shown(built: Bundle) -> None:
     assert f"{quality.top1_agreement:.1%}" in page
 
 
+@pytest.mark.slow
 def test_a_graph_that_reads_wrong_scales_fails(
     model: Checkpoint, copied: Callable[[Callable[[Path], Path]], Bundle]
 ) -> None:
@@ -123,6 +124,7 @@ def test_a_graph_that_reads_wrong_scales_fails(
     assert "above the tolerance" in (report.first_departure or "")
 
 
+@pytest.mark.slow
 def test_wrong_codes_fail_by_quality_though_the_graph_is_right(
     model: Checkpoint, copied: Callable[[Callable[[Path], Path]], Bundle]
 ) -> None:
@@ -250,7 +252,8 @@ def test_activations_that_cost_too_much_are_a_problem(logits: np.ndarray) -> Non
     # A constant added to all logits leaves the distribution as it is.
     problem = measured(far, logits, logits).problem
     assert problem == (
-        "int8 activations change logits by 0.6 of the largest on average, more than 0.25"
+        "rounding changes the logits that are served by 0.6 of the largest on average, more than "
+        "0.25"
     )
 
 

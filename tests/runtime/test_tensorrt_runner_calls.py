@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_runtime.backends.tensorrt.calls import (
+from qwen_runtime.backends.device_calls import (
     MAX_PADDING,
     CallLimits,
     PrefillRow,

@@ -286,7 +286,11 @@ def test_an_alias_that_engine_json_lacks_is_refused(bundle: Bundle) -> None:
     ("arguments", "message"),
     [
         ({"backend": "tensorrt", "device": "cpu"}, 'device must be "cuda" for backend "tensorrt"'),
-        ({"device": "cuda"}, 'device must be "cpu" for backend "onnxruntime", got \'cuda\''),
+        (
+            {"device": "gpu"},
+            'device must be "cpu" or "cuda" for backend "onnxruntime", got \'gpu\'',
+        ),
+        ({"threads": 2, "device": "cuda"}, 'threads must be None for device "cuda", got 2'),
         ({"threads": 2, "backend": "tensorrt"}, 'threads must be None for backend "tensorrt"'),
         ({"backend": ["tensorrt"]}, 'backend must be "onnxruntime" or "tensorrt", got'),
     ],

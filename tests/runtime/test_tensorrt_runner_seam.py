@@ -17,6 +17,7 @@ from tensorrt_double import FaultError, TensorRtDouble
 from tensorrt_engines import add_engine, linked_bundle
 
 from qwen_runtime import LLM
+from qwen_runtime.backends import nvidia_device
 from qwen_runtime.backends.tensorrt import TensorRtRunner, nvidia
 from qwen_runtime.backends.tensorrt.cache import DeviceCache
 from qwen_runtime.backends.tensorrt.decoder import Decoder
@@ -60,10 +61,16 @@ def test_the_seam_is_implemented_with_the_same_arguments(implementation: type) -
             assert found == inspect.signature(wanted), name
 
 
+def source() -> ast.Module:
+    """The implementation, without TensorRT and with it."""
+    files = (nvidia_device.__file__, nvidia.__file__)
+    return ast.parse("\n".join(Path(file).read_text("utf-8") for file in files))
+
+
 def names_used(prefix: str) -> set[str]:
     """Dotted names that the implementation reads from a variable, without the variable."""
     found = set()
-    for node in ast.walk(ast.parse(Path(nvidia.__file__).read_text("utf-8"))):
+    for node in ast.walk(source()):
         parts: list[str] = []
         while isinstance(node, ast.Attribute):
             parts.append(node.attr)
@@ -78,7 +85,7 @@ def names_used(prefix: str) -> set[str]:
 
 
 def test_every_name_of_cuda_exists(cuda: ModuleType) -> None:
-    tree = ast.parse(Path(nvidia.__file__).read_text("utf-8"))
+    tree = source()
     called = {
         node.args[0].value
         for node in ast.walk(tree)
@@ -103,7 +110,7 @@ def test_every_name_of_tensorrt_exists(trt: ModuleType) -> None:
             thing = getattr(thing, part)
     assert {*_ELEMENT_BYTES, *_TYPES.values()} <= set(trt.DataType.__members__)
     assert set(_REASONS) == set(trt.EngineInvalidityDiagnostics.__members__)
-    tree = ast.parse(Path(nvidia.__file__).read_text("utf-8"))
+    tree = source()
     methods = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     expected = {
         trt.ICudaEngine: {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+from click.core import ParameterSource
 
 from qwen_export.errors import ExportError
 from qwen_runtime.cli.support import json_option, print_json, reports
@@ -15,21 +16,27 @@ from qwen_runtime.errors import QwenRuntimeError
 
 if TYPE_CHECKING:
     from qwen_runtime.bundle import Bundle
+    from qwen_runtime.engine_file import EngineFolder
+    from qwen_runtime.lowered_file import LoweredFolder
 
-__all__ = ["engine", "show_engine", "target_option"]
+__all__ = ["engine", "show_target", "target_option"]
 
 _POSITIVE = click.IntRange(min=1)
+_TARGETS = ["tensorrt-rtx", "tensorrt", "cuda"]
+_ENGINE_ONLY = ("max_batch", "max_sequence", "capacity", "sms", "separate_engines")
+"""Options that ONNX Runtime has no use for: its graphs take any sizes on any GPU."""
 TARGET_HELP = (
-    "tensorrt-rtx builds without a GPU; tensorrt, the enterprise one, builds for the GPU at hand, "
-    "is experimental and was never executed. May be given more than once."
+    "tensorrt-rtx builds an engine without a GPU; tensorrt, the enterprise one, builds for the GPU "
+    "at hand, is experimental and was never executed; cuda writes graphs for ONNX Runtime's CUDA "
+    "provider. May be given more than once."
 )
 
 target_option = click.option(
     "--target",
     "targets",
-    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    type=click.Choice(_TARGETS),
     multiple=True,
-    help=f"Build a TensorRT engine into the bundle as well: {TARGET_HELP}",
+    help=f"Build what a GPU runs into the bundle as well: {TARGET_HELP}",
 )
 
 
@@ -54,17 +61,18 @@ def _generations(
 @click.option(
     "--target",
     "targets",
-    type=click.Choice(["tensorrt-rtx", "tensorrt"]),
+    type=click.Choice(_TARGETS),
     multiple=True,
     required=True,
     help=f"What to build with: {TARGET_HELP}",
 )
 @click.option(
     "--compute-dtype",
-    type=click.Choice(["bf16", "fp16"]),
+    type=click.Choice(["bf16", "fp16", "fp32"]),
     default="bf16",
     show_default=True,
-    help="Type of activations and caches. fp16 is refused where the model's numbers exceed it.",
+    help="Type of activations and caches. fp16 is refused where the model's numbers exceed it, "
+    "fp32 is for cuda only.",
 )
 @click.option(
     "--max-batch", type=_POSITIVE, default=8, show_default=True, help="Rows of one call."
@@ -95,13 +103,13 @@ def _generations(
     is_flag=True,
     help="An engine for each graph, with weights of its own, instead of one with two profiles.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an engine of the target.")
+@click.option("--overwrite", is_flag=True, help="Replace what the bundle has for the target.")
 @json_option
 @reports(ExportError, QwenRuntimeError, extra="export")
 def engine(
     bundle: Path,
     targets: tuple[str, ...],
-    compute_dtype: Literal["bf16", "fp16"],
+    compute_dtype: Literal["bf16", "fp16", "fp32"],
     max_batch: int,
     max_sequence: int | None,
     capacity: int | None,
@@ -110,47 +118,88 @@ def engine(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Build a TensorRT engine into BUNDLE, at engines/TARGET.
+    """Build what a GPU runs into BUNDLE: a TensorRT engine, or graphs for ONNX Runtime on CUDA.
 
-    TensorRT's own parser and builder make it, and it is refused where it would give wrong
-    numbers. Nothing is executed: an engine is proved on the GPU that loads it.
+    TensorRT's own parser and builder make an engine at engines/TARGET; it is refused where it would
+    give wrong numbers. The target cuda writes rewritten graphs over the bundle's weights to
+    lowered/cuda; only --compute-dtype matters to it. Nothing is executed: both are proved on the
+    GPU that loads them.
 
     \b
     Examples:
       qwen-export engine artifacts/tiny-qwen2-chat --target tensorrt-rtx
       qwen-export engine artifacts/qwen --target tensorrt-rtx --max-batch 32 --capacity 8192
+      qwen-export engine artifacts/qwen --target cuda --compute-dtype fp16
     """
     from qwen_export.progress import console_progress
     from qwen_export.targets.engine import build_engine, check_target
     from qwen_export.targets.options import EngineOptions
     from qwen_runtime.bundle import Bundle
 
-    options = EngineOptions(
-        compute_dtype, max_batch, max_sequence, capacity, sms, separate_engines
-    )
-    opened = Bundle.open(bundle)
     wanted = tuple(dict.fromkeys(targets))
-    for target in wanted:
-        check_target(target, options)
-    built = {}
+    engines = [target for target in wanted if target != "cuda"]
+    if not engines:
+        _refuse_given(_ENGINE_ONLY, "--target cuda, whose graphs take any sizes on any GPU")
+    elif compute_dtype == "fp32":
+        raise click.UsageError(
+            f"--compute-dtype must be bf16 or fp16 for {engines[0]}, got fp32: TensorRT has no "
+            "float32 attention kernel"
+        )
+    opened = Bundle.open(bundle)
+    options = None
+    if compute_dtype != "fp32":
+        options = EngineOptions(
+            compute_dtype, max_batch, max_sequence, capacity, sms, separate_engines
+        )
+        for target in engines:
+            check_target(target, options)
+    built: dict[str, dict[str, object]] = {}
     for target in wanted:
         started = time.monotonic()
-        made = build_engine(
-            opened, target, options, overwrite=overwrite, progress=console_progress
-        )
+        made: EngineFolder | LoweredFolder
+        if target == "cuda":
+            made = _lower(opened, compute_dtype, overwrite=overwrite)
+        else:
+            made = build_engine(
+                opened, target, options, overwrite=overwrite, progress=console_progress
+            )
         built[target] = asdict(made.description) | {"path": str(made.path)}
         if not as_json:
-            show_engine(opened, target, f"; {time.monotonic() - started:.0f} s")
+            show_target(opened, target, f"; {time.monotonic() - started:.0f} s")
     if as_json:
         print_json({"bundle": str(bundle), "engines": built})
 
 
-def show_engine(bundle: Bundle, target: str, more: str = "") -> None:
-    """Print one line on an engine, and its builder's warnings to stderr."""
-    from qwen_export.inspection import engine_line
+def show_target(bundle: Bundle, target: str, more: str = "") -> None:
+    """Print one line on what a bundle has for a target, and a builder's warnings to stderr."""
+    from qwen_export.inspection import engine_line, lowered_line
     from qwen_runtime.engine_file import EngineFolder
+    from qwen_runtime.lowered_file import LoweredFolder
 
+    if target == "cuda":
+        lowered = LoweredFolder.open(bundle, target)
+        click.echo(f"{lowered.path}: {lowered_line(lowered)}{more}")
+        return
     made = EngineFolder.open(bundle, target)
     click.echo(f"{made.path}: {engine_line(made)}{more}")
     for warning in made.description.warnings:
         click.echo(f"Warning: {warning}", err=True)
+
+
+def _lower(
+    bundle: Bundle, compute_dtype: Literal["bf16", "fp16", "fp32"], *, overwrite: bool
+) -> LoweredFolder:
+    from qwen_export.lowering import LoweringOptions, lower_bundle
+    from qwen_export.progress import console_progress
+
+    options = LoweringOptions(compute_dtype)
+    return lower_bundle(bundle, "cuda", options, overwrite=overwrite, progress=console_progress)
+
+
+def _refuse_given(names: tuple[str, ...], reason: str) -> None:
+    """Refuse options that were given, by their names in the function."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) != ParameterSource.DEFAULT
+        if parameter.name in names and given:
+            raise click.UsageError(f"{parameter.opts[0]} has no use for {reason}; leave it out")

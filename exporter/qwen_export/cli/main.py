@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen_export.cli.doctor import doctor
-from qwen_export.cli.engine import engine, show_engine, target_option
+from qwen_export.cli.engine import engine, show_target, target_option
 from qwen_export.cli.plan import plan
+from qwen_export.cli.verify import parity_line, revision_option, verify
 from qwen_export.errors import ExportError, OptionError
 from qwen_runtime.cli.support import CONTEXT, json_option, print_json, reports
 from qwen_runtime.errors import QwenRuntimeError
 
 if TYPE_CHECKING:
     from qwen_export.quantization.options import Method
-    from qwen_runtime.bundle import Bundle
-    from qwen_runtime.manifest import ParitySummary
 
 __all__ = ["main"]
-
-revision_option = click.option(
-    "--revision", metavar="REV", help="Branch, tag or commit of a hub id."
-)
 
 
 @click.group(context_settings=CONTEXT)
@@ -58,15 +53,14 @@ def main(traceback: bool) -> None:
 )
 @click.option(
     "--compute-dtype",
-    type=click.Choice(["fp32"]),
-    default="fp32",
-    show_default=True,
-    help="Format of activations and KV caches.",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Format of activations and KV caches in what --target builds; the portable graphs compute "
+    "in fp32.  [default: bf16]",
 )
 @click.option(
     "--block-size",
     type=click.Choice(["32", "64", "128"]),
-    help="Inputs of a quantised weight that share a scale.  [default: int8 128, int4 64, or the "
+    help="Inputs of a quantised weight that share a scale.  [default: int8 128, int4 128, or the "
     "largest below that divides the weight's inputs]",
 )
 @click.option(
@@ -78,8 +72,9 @@ def main(traceback: bool) -> None:
 @click.option(
     "--keep",
     multiple=True,
-    metavar="PATTERN",
-    help="Names of weights to store in fp32, as in '*.layers.0.*'; may be given more than once.",
+    metavar="PATTERN[=int8]",
+    help="Names of weights to store in fp32, as in '*.layers.0.*', or in int8, as in "
+    "lm_head.weight=int8; may be given more than once.",
 )
 @click.option(
     "--calibration",
@@ -102,7 +97,7 @@ def build(
     output: Path | None,
     overwrite: bool,
     precision: str | None,
-    compute_dtype: str,
+    compute_dtype: str | None,
     block_size: str | None,
     quantizer: Method | None,
     keep: tuple[str, ...],
@@ -122,7 +117,7 @@ def build(
     Examples:
       qwen-export build --output artifacts/tiny
       qwen-export build Qwen/Qwen2.5-0.5B-Instruct --max-context 8192
-      qwen-export build Qwen/Qwen2.5-7B --precision int4 --keep lm_head.weight
+      qwen-export build Qwen/Qwen2.5-7B --precision int4 --keep lm_head.weight=int8
     """
     from qwen_export.bundle import EMBEDDED_MODEL, BuildOptions
     from qwen_export.bundle import build as build_bundle
@@ -165,52 +160,7 @@ def build(
         f"{output}: {size / 1e6:.1f} MB in {seconds:.0f} s\n{parity_line(bundle.manifest.parity)}"
     )
     for target in dict.fromkeys(targets):
-        show_engine(bundle, target)
-
-
-@main.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("model", required=False)
-@revision_option
-@json_option
-@reports(ExportError, QwenRuntimeError, extra="export")
-def verify(bundle: Path, model: str | None, revision: str | None, as_json: bool) -> None:
-    """Compare BUNDLE with MODEL in PyTorch again; nothing is written.
-
-    MODEL is the checkpoint the bundle was built from, by default the one its manifest names, if
-    that is the embedded model or a hub id.
-
-    \b
-    Example:
-      qwen-export verify artifacts/qwen Qwen/Qwen2.5-0.5B-Instruct
-    """
-    from qwen_export.bundle import EMBEDDED_MODEL, embedded_model
-    from qwen_export.checkpoint import open_checkpoint
-    from qwen_export.parity import verify as verify_parity
-    from qwen_export.progress import console_progress
-    from qwen_runtime.bundle import Bundle
-
-    opened = Bundle.open(bundle, allow_failed=True)
-    with console_progress("Hashing", _total_bytes(opened), unit="B") as advance:
-        opened.check_hashes(advance)
-    source = opened.manifest.source
-    if model is None and source != EMBEDDED_MODEL and "/" not in source:
-        raise click.UsageError(
-            f"MODEL is needed: {bundle} was built from a local folder, {source}"
-        )
-    checkpoint = open_checkpoint(
-        model or (embedded_model() if source == EMBEDDED_MODEL else source),
-        revision=revision or (opened.manifest.revision if model is None else None),
-    )
-    report = verify_parity(opened, checkpoint, progress=console_progress)
-    if as_json:
-        click.echo(report.to_json(), nl=False)
-    else:
-        parity = report.summary()
-        verdict = f"{bundle}\n{parity_line(parity)}"
-        click.echo(verdict if report.passed else f"{verdict}\n{report.first_departure}")
-    if not report.passed:
-        raise click.exceptions.Exit(1)
+        show_target(bundle, target)
 
 
 @main.command()
@@ -271,25 +221,4 @@ def demo(output: Path | None) -> None:
 main.add_command(engine)
 main.add_command(doctor)
 main.add_command(plan)
-
-
-def parity_line(parity: ParitySummary) -> str:
-    """A bundle's parity in lines of at most 80 characters."""
-    if parity.status == "not_verified":
-        return "parity was not verified (--no-verify)"
-    line = (
-        f"parity {parity.status}: {parity.tokens_compared} tokens compared with PyTorch, "
-        f"{parity.ties} ties\nmax logit error {parity.max_logit_error:.1e} "
-        f"(tolerance {parity.tolerance:.0e})"
-    )
-    quality = parity.quality
-    if quality is None:
-        return line
-    return (
-        f"{line}\nquantised, as served: {quality.top1_agreement:.1%} of tokens as the original's, "
-        f"mean KL {quality.mean_kl:.2g} nats"
-    )
-
-
-def _total_bytes(bundle: Bundle) -> int:
-    return sum(entry.num_bytes for entry in bundle.manifest.files.values())
+main.add_command(verify)

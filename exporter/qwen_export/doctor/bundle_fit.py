@@ -1,19 +1,35 @@
-"""Whether a machine can run a bundle and its engines."""
+"""Whether a machine can run a bundle, its engines, and its graphs for CUDA."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 
 from qwen_export.doctor.examination import try_here
 from qwen_export.doctor.machine import Machine, Trial
-from qwen_export.doctor.verdict import Capability, run_cpu, run_rtx, run_tensorrt
+from qwen_export.doctor.verdict import (
+    Capability,
+    run_cpu,
+    run_cuda,
+    run_rtx,
+    run_tensorrt,
+)
 from qwen_runtime.backends.tensorrt.opening import choose_engine
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_file import EngineFolder, engine_names, refusal
 from qwen_runtime.errors import BundleError
+from qwen_runtime.lowered_file import LoweredFolder, lowered_names
 
-__all__ = ["BundleFacts", "EngineFacts", "bundle_capabilities", "needed_bytes", "read_bundle"]
+__all__ = [
+    "BundleFacts",
+    "EngineFacts",
+    "LoweredFacts",
+    "bundle_capabilities",
+    "needed_bytes",
+    "read_bundle",
+]
 
+_CUDA = "cuda"
 _COPIES = {"fp32": 1, "int8": 2, "int4": 2}
 """Weights files in memory while ONNX Runtime loads: quantised weights are transposed, then packed."""
 _BASE_BYTES = 300_000_000
@@ -37,6 +53,18 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class LoweredFacts:
+    """A bundle's graphs for ONNX Runtime's CUDA provider."""
+
+    compute_dtype: str | None
+    """None where they cannot be opened."""
+    error: str | None = None
+    """Why they cannot."""
+    trial: Trial | None = None
+    """They were loaded, proved and answered with a token; None where that was not tried."""
+
+
+@dataclass(frozen=True, slots=True)
 class BundleFacts:
     """What decides whether a bundle runs somewhere."""
 
@@ -44,6 +72,8 @@ class BundleFacts:
     precision: str
     weight_bytes: int
     engines: tuple[EngineFacts, ...] = ()
+    lowered: LoweredFacts | None = None
+    """Its graphs for ONNX Runtime's CUDA provider; None where it has none."""
     trial: Trial | None = None
     """It was loaded and answered with a token; None where that was not tried."""
 
@@ -62,10 +92,11 @@ def read_bundle(bundle: Bundle, machine: Machine) -> BundleFacts:
         manifest.precision,
         weight_bytes,
         tuple(_read_engine(bundle, name, machine) for name in engine_names(bundle.path)),
+        _read_lowered(bundle, machine) if _CUDA in lowered_names(bundle.path) else None,
     )
     if _run_cpu_reason(machine, facts) is not None:
         return facts
-    return replace(facts, trial=_generate(bundle, "onnxruntime"))
+    return replace(facts, trial=_generate(bundle, "onnxruntime", "cpu"))
 
 
 def needed_bytes(bundle: BundleFacts) -> int:
@@ -74,20 +105,27 @@ def needed_bytes(bundle: BundleFacts) -> int:
 
 
 def bundle_capabilities(machine: Machine, bundle: BundleFacts) -> tuple[Capability, ...]:
-    """Where a machine can run a bundle: on the CPU, and each of its engines."""
-    return (
+    """Where a machine can run a bundle: on the CPU, each of its engines, and its CUDA graphs.
+
+    Graphs that it does not have are named, with what makes them, where the machine could run them.
+    """
+    found = [
         _run_cpu(machine, bundle),
         *(_run_engine(machine, engine) for engine in bundle.engines),
-    )
+    ]
+    if bundle.lowered is not None or run_cuda(machine).can:
+        found.append(_run_lowered(machine, bundle))
+    return tuple(found)
 
 
-def _generate(bundle: Bundle, backend: str) -> Trial:
+def _generate(bundle: Bundle, backend: str, device: str) -> Trial:
     manifest = bundle.manifest
     weight_bytes = manifest.files[manifest.weights.file].num_bytes
     done = try_here(
         "generate",
         str(bundle.path.absolute()),
         backend,
+        device,
         timeout_s=_MIN_TIMEOUT_S + weight_bytes / _SLOWEST_BYTES_S,
         cached=False,
     )
@@ -102,7 +140,17 @@ def _read_engine(bundle: Bundle, name: str, machine: Machine) -> EngineFacts:
             return facts
     except BundleError as error:
         return EngineFacts(name, None, str(error))
-    return replace(facts, trial=_generate(bundle, "tensorrt"))
+    return replace(facts, trial=_generate(bundle, "tensorrt", "cuda"))
+
+
+def _read_lowered(bundle: Bundle, machine: Machine) -> LoweredFacts:
+    try:
+        facts = LoweredFacts(LoweredFolder.open(bundle, _CUDA).description.compute_dtype)
+    except BundleError as error:
+        return LoweredFacts(None, str(error))
+    if not run_cuda(machine).can:
+        return facts
+    return replace(facts, trial=_generate(bundle, "onnxruntime", "cuda"))
 
 
 def _run_cpu_reason(machine: Machine, bundle: BundleFacts) -> tuple[str, str | None] | None:
@@ -153,4 +201,26 @@ def _run_engine(machine: Machine, engine: EngineFacts) -> Capability:
         return Capability(name, False, f"it fails: {engine.trial.error}")
     return Capability(
         name, True, f"on {gpu.name} it answered with a token after {engine.trial.seconds:.1f} s"
+    )
+
+
+def _run_lowered(machine: Machine, bundle: BundleFacts) -> Capability:
+    name, found = "run its graphs for ONNX Runtime on CUDA", bundle.lowered
+    if found is None:
+        fix = f"qwen-export engine {shlex.quote(bundle.path)} --target {_CUDA}"
+        return Capability(name, False, "it has none", fix)
+    if found.compute_dtype is None:
+        return Capability(name, False, found.error or "they cannot be opened")
+    runs = run_cuda(machine)
+    if not runs.can:
+        return Capability(name, False, runs.why, runs.fix)
+    if found.trial is None or not found.trial.ok:
+        why = "they were not tried" if found.trial is None else f"they fail: {found.trial.error}"
+        return Capability(name, False, why)
+    gpu = machine.cuda.gpus[0].name
+    return Capability(
+        name,
+        True,
+        f"in {found.compute_dtype} on {gpu} they answered with a token after "
+        f"{found.trial.seconds:.1f} s",
     )

@@ -217,11 +217,11 @@ def _grammar(report: Report) -> None:
     report(compiled=True)
 
 
-def _generate(report: Report, bundle: str, backend: str) -> None:
+def _generate(report: Report, bundle: str, backend: str, device: str) -> None:
     """Load a bundle and let it answer with a token."""
     from qwen_runtime.llm import LLM
 
-    with LLM(bundle, backend=backend) as llm:  # type: ignore[arg-type]  # it checks the name
+    with LLM(bundle, backend=backend, device=device) as llm:  # type: ignore[arg-type]  # it checks
         llm.generate([0], max_new_tokens=1, do_sample=False)
     report(generated=True)
 

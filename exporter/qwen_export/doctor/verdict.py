@@ -16,6 +16,7 @@ __all__ = [
     "faults",
     "install_command",
     "run_cpu",
+    "run_cuda",
     "run_rtx",
     "run_tensorrt",
 ]
@@ -23,6 +24,7 @@ __all__ = [
 MIN_CUDA, MIN_DRIVER = 13000, 580
 """CUDA 13, which TensorRT's packages are built with, and the driver release that serves it
 (docs.nvidia.com/deploy/cuda-compatibility, table 1)."""
+_CUDA_PROVIDER = "CUDAExecutionProvider"
 _GET_DRIVER = f"install the NVIDIA driver, release {MIN_DRIVER} or newer (nvidia.com/drivers)"
 
 
@@ -54,6 +56,7 @@ def capabilities(machine: Machine) -> tuple[Capability, ...]:
         _build(machine),
         run_cpu(machine),
         _grammar(machine),
+        run_cuda(machine),
         _build_rtx(machine),
         run_rtx(machine),
         run_tensorrt(machine),
@@ -158,6 +161,31 @@ def run_cpu(machine: Machine) -> Capability:
         "pip install -U 'qwen-export[cpu]'",
         required=True,
     )
+
+
+def run_cuda(machine: Machine) -> Capability:
+    """Whether ONNX Runtime's CUDA provider works, which runs graphs lowered for it."""
+    name, found = "run bundles on a GPU with ONNX Runtime (experimental)", machine.onnxruntime
+    extra = "pip install 'qwen-export[cuda]'"
+    if (refused := _no_gpu_reason(machine)) is not None:
+        return Capability(name, False, *refused)
+    if not found.distributions:
+        return Capability(name, False, "onnxruntime is not installed", extra)
+    if found.version is not None and _CUDA_PROVIDER not in found.providers:
+        held = " ".join(holder.split()[0] for holder in found.distributions)
+        why = f"onnxruntime {found.version} is the package without {_CUDA_PROVIDER}"
+        return Capability(name, False, why, f"pip uninstall -y {held} && {extra}")
+    if not machine.cuda.bindings:
+        return Capability(name, False, "cuda-bindings cannot be imported", extra)
+    gpu = _describe(machine.cuda.gpus[0])  # the one that the runtime takes
+    if not found.runs_cuda:
+        what = "cannot be imported" if found.version is None else f"{found.version} fails on {gpu}"
+        fix = "pip install -U 'qwen-export[cuda]'"
+        return Capability(name, False, f"onnxruntime {what}: {found.error}", fix)
+    why = (
+        f"onnxruntime {found.version} computed an attention on {gpu}; qwen-export was never run so"
+    )
+    return Capability(name, True, why)
 
 
 def _grammar(machine: Machine) -> Capability:

@@ -18,6 +18,7 @@ from qwen_runtime.backends.base import FloatArray, IntArray, ModelRunner
 __all__ = [
     "CASES",
     "GREEDY_DECODE",
+    "GREEDY_PREFILL",
     "OFF_BY_ONE",
     "PREFILL_WHOLE",
     "SERVED",
@@ -53,6 +54,7 @@ class Case:
 PREFILL_WHOLE = "prefill whole"
 SERVED = "as served"
 OFF_BY_ONE = "past_lengths off by one"
+GREEDY_PREFILL = "greedy on the prefill graph"
 GREEDY_DECODE = "greedy decode"
 ONE_TOKEN = "one token: a row in a batch = the row alone"
 GROWN = "decode: before growth = after growth"
@@ -69,7 +71,7 @@ CASES = {
         Case("prefill batch", "prefill", "rows of equal length in one call"),
         Case("prefill batch, row by row", "prefill", "the same rows, one call each"),
         Case("prefill after a copied prefix", "prefill", "half the prompt reused from a slot"),
-        Case("greedy on the prefill graph", "prefill", "one token a call, ragged batch"),
+        Case(GREEDY_PREFILL, "prefill", "one token a call, ragged batch"),
         Case(GREEDY_DECODE, "decode", "the same tokens through the decode graph, ragged batch"),
         Case("greedy decode, one row", "decode", "one prompt alone"),
         Case("greedy decode, growing", "decode", "capacity raised in the middle of an answer"),
@@ -92,15 +94,21 @@ Advance = Callable[[int], None]
 
 
 def prefill_cases(
-    runner: ModelRunner, prompts: Sequence[Prompt], seen: Observations, advance: Advance
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    seen: Observations,
+    advance: Advance,
+    *,
+    greedy: str = GREEDY_PREFILL,
 ) -> tuple[list[IntArray], list[Invariant]]:
     """Run everything the prefill graph can do.
 
     Args:
-        runner: Serves both phases with the prefill graph.
+        runner: Serves both phases with the prefill graph, or decodes with a graph of its own.
         prompts: One slot each.
         seen: Takes the logits.
         advance: Called with 1 after each case.
+        greedy: The case that greedy tokens are of: `GREEDY_DECODE` where another graph decodes.
 
     Returns:
         Greedy tokens of each prompt, ``prompt.steps`` of them, and the invariants.
@@ -110,7 +118,7 @@ def prefill_cases(
     advance(1)
     last = _prefill_ragged(runner, prompts, seen)
     batch = _Keep()
-    tokens = _decode(runner, prompts, last, "greedy on the prefill graph", seen, keep=batch)
+    tokens = _decode(runner, prompts, last, greedy, seen, keep=batch)
     answer = tokens[longest][:FEW_STEPS]
     together = batch.rows(longest)[: len(answer)]
     alone = _replay(runner, prompts[longest], answer)
@@ -131,6 +139,8 @@ def decode_cases(
     control: int,
     seen: Observations,
     advance: Advance,
+    *,
+    batch: bool = True,
 ) -> list[Invariant]:
     """Run everything the decode graph can do, and the decode that must fail.
 
@@ -141,15 +151,18 @@ def decode_cases(
         control: Index of the prompt whose past is shifted on purpose.
         seen: Takes the logits; those of the control under `OFF_BY_ONE`.
         advance: Called with 1 after each case.
+        batch: Run all prompts as one batch, which is done already where this runner chose the
+            tokens.
 
     Returns:
         The invariants.
     """
-    slots = range(len(prompts))
-    runner.allocate(len(prompts), 1)
-    runner.prefill(slots, [p.tokens for p in prompts], [0] * len(prompts), [0] * len(prompts))
-    _decode(runner, prompts, None, GREEDY_DECODE, seen, feed=tokens)
-    advance(1)
+    if batch:
+        count = len(prompts)
+        runner.allocate(count, 1)
+        runner.prefill(range(count), [p.tokens for p in prompts], [0] * count, [0] * count)
+        _decode(runner, prompts, None, GREEDY_DECODE, seen, feed=tokens)
+        advance(1)
     prompt, answer = prompts[control], tokens[control][:FEW_STEPS]
     alone = _replay(runner, prompt, answer)
     _add(seen, "greedy decode, one row", control, len(prompt.tokens), alone)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 
 import numpy as np
@@ -23,47 +23,61 @@ from qwen_export.parity.cases import (
     OFF_BY_ONE,
     PREFILL_WHOLE,
     SERVED,
-    Invariant,
-    decode_cases,
-    prefill_cases,
-    served_cases,
 )
 from qwen_export.parity.judge import judge
 from qwen_export.parity.observations import Observations
 from qwen_export.parity.original import BundleWeights
-from qwen_export.parity.prompts import Prompt, PromptSet, make_prompts
+from qwen_export.parity.places import CpuPlace, Place
+from qwen_export.parity.prompts import PromptSet, make_prompts
 from qwen_export.parity.quality import Projected, Quality, measure_quality
 from qwen_export.parity.reference import ReferenceBatch, Rope, StreamedReference
 from qwen_export.parity.report import ParityReport
+from qwen_export.parity.rounding import (
+    MOST,
+    MULTIPLE,
+    TORCH_DTYPES,
+    allowed_error,
+    largest_error,
+)
 from qwen_export.parity.stored import compare_stored
 from qwen_export.parity.summarise import CONTROLS, WIDE_WINDOW, Evidence, summarise
 from qwen_export.progress import Progress, no_progress
 from qwen_runtime.backends.base import IntArray
-from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
-from qwen_runtime.bundle import Bundle
+from qwen_runtime.bundle import Bundle, sha256_of
 from qwen_runtime.comparison import TOLERANCES
 
 __all__ = ["verify"]
 
 ROPE_CONTROLS: tuple[Rope, ...] = ("wrong theta", "swapped halves")
-WIDENED_SHARE = 64
-"""Of a sliding window: where one token is lost among thousands, a control must be coarser."""
-VERSIONED = ("qwen-export", "onnxruntime", "torch", "transformers", "onnx", "numpy")
+WIDENED_SHARE = {"fp32": 64, "fp16": 4, "bf16": 1}
+"""Of a sliding window, by compute dtype: where one token is lost among thousands, or in rounding, a
+control must be coarser."""
+VERSIONED = (
+    *("qwen-export", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13-bindings", "tensorrt"),
+    *("cuda-bindings", "torch", "transformers", "onnx", "numpy"),
+)
 
 
 def verify(
-    bundle: Bundle, checkpoint: Checkpoint, *, progress: Progress = no_progress
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    *,
+    place: Place | None = None,
+    progress: Progress = no_progress,
 ) -> ParityReport:
     """Compare a bundle with the checkpoint it was built from.
 
     First every stored weight is compared with the checkpoint's, then logits and tokens with those
     of PyTorch. A quantised bundle is run twice. Computed in fp32 it must give what the original gives
     with the bundle's own weights, which proves the graphs; as it is served, its distance from the
-    original is measured, which says what quantisation costs.
+    original is measured, which says what quantisation costs. On a device there is one run, which is
+    held to the tolerance of its compute dtype and measured against the original as well; what passes
+    is recorded in the user's cache folder as proved on that device.
 
     Args:
         bundle: The bundle; it is not written to.
         checkpoint: The original.
+        place: From `open_place`, closed here; None for the CPU.
         progress: Where to report long steps.
 
     Returns:
@@ -74,24 +88,34 @@ def verify(
             tolerance was never argued.
         BackendError: If ONNX Runtime cannot run the bundle.
     """
+    with closing(place or CpuPlace(bundle)) as opened:
+        report = _verify(bundle, checkpoint, opened, progress)
+        if report.passed:
+            opened.accept(report.max_error, report.ties)
+        return report
+
+
+def _verify(
+    bundle: Bundle, checkpoint: Checkpoint, place: Place, progress: Progress
+) -> ParityReport:
     began = time.perf_counter()
     _require_comparable(bundle, checkpoint)
     stored = compare_stored(bundle, checkpoint, progress)
-    tolerance = TOLERANCES[bundle.manifest.compute_dtype]
-    allowed = tolerance.at_depth(checkpoint.config.num_hidden_layers)
     quantized = bundle.manifest.quantization is not None
-    reference = StreamedReference(BundleWeights(bundle, checkpoint) if quantized else checkpoint)
+    weights = BundleWeights(bundle, checkpoint) if quantized else checkpoint
+    reference = StreamedReference(weights)
     window = reference.sliding_window
-    chosen = make_prompts(bundle, window)
+    chosen = make_prompts(_shortened(bundle, place.max_context), window)
     prompts = chosen.prompts
     control = next(i for i, prompt in enumerate(prompts) if prompt.kind == "random")
     with Observations(bundle.manifest.model.vocab_size) as seen:
-        answers, invariants = _run_bundle(bundle, prompts, control, seen, progress)
+        answers, invariants = place.run(prompts, control, seen, progress)
         rows = [
             np.concatenate((prompt.tokens, answer))
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        wrong, skipped = _controls(rows, control, len(answers[control]), reference)
+        share = WIDENED_SHARE[place.compute_dtype]
+        wrong, skipped = _controls(rows, control, len(answers[control]), reference, share)
         first = len(prompts)
         for index, original in enumerate(wrong, first):
             for case in (PREFILL_WHOLE, GREEDY_DECODE):
@@ -105,9 +129,14 @@ def verify(
             for index, state in zip(indices, batch, strict=True)
         }
         ordered = [hidden[i] for i in range(first + len(wrong))]
+        measured = _rounding(
+            place, weights, batches[: len(_groups(chosen))], reference, hidden, progress
+        )
+        allowed = allowed_error(place.tolerance, checkpoint.config.num_hidden_layers, measured)
+        served = any(item.case == SERVED for item in seen)
         quality = (
-            _quality(seen, chosen, rows, ordered, reference, checkpoint, progress)
-            if quantized
+            _quality(seen, chosen, rows, ordered, reference, checkpoint, quantized, progress)
+            if served
             else None
         )
         with progress("Comparing", sum(map(len, ordered))) as advance:
@@ -130,22 +159,84 @@ def verify(
             skipped,
             stored,
             quality,
+            place.cases,
         ),
         source=bundle.manifest.source,
         num_layers=checkpoint.config.num_hidden_layers,
-        compute_dtype=bundle.manifest.compute_dtype,
+        backend=place.backend,
+        device=place.device,
+        compute_dtype=place.compute_dtype,
         tolerance=allowed,
-        tolerance_reason=tolerance.reason,
+        tolerance_reason=_reason(place, measured),
         notes=chosen.notes,
         duration_s=time.perf_counter() - began,
-        versions={name: metadata.version(name) for name in VERSIONED}
-        | {"python": platform.python_version(), "machine": platform.machine()},
-        hashes={
-            name: entry.sha256
-            for name, entry in bundle.manifest.files.items()
-            if name not in ("parity.json", "parity.html", "reference.npz")
-        },
+        versions=_versions(),
+        hashes=_hashes(bundle, place),
     )
+
+
+def _shortened(bundle: Bundle, max_context: int) -> Bundle:
+    """The bundle as what a device can hold of it: an engine has a capacity of its own."""
+    manifest = bundle.manifest
+    context = min(manifest.max_context, max_context)
+    return Bundle(bundle.path, replace(manifest, max_context=context))
+
+
+def _rounding(
+    place: Place,
+    weights: Checkpoint | BundleWeights,
+    batches: Sequence[tuple[ReferenceBatch, tuple[int, ...]]],
+    reference: StreamedReference,
+    exact: Mapping[int, torch.Tensor],
+    progress: Progress,
+) -> float | None:
+    """What the place's compute dtype costs PyTorch on the prompts; None where that is fp32."""
+    dtype = TORCH_DTYPES.get(place.compute_dtype)
+    if dtype is None:
+        return None
+    rounded = StreamedReference(weights, dtype)
+    with progress(f"Running the original in {place.compute_dtype}", rounded.num_layers) as advance:
+        states = rounded.hidden_states([batch for batch, _ in batches], advance)
+    rows = [row for _, indices in batches for row in indices]
+    return largest_error(
+        Projected([exact[row] for row in rows], reference.logits),
+        Projected([state for batch in states for state in batch], rounded.logits),
+        reference.vocab_size,
+    )
+
+
+def _reason(place: Place, measured: float | None) -> str:
+    if measured is None:
+        return place.tolerance.reason
+    return (
+        f"{place.tolerance.reason}; on these prompts PyTorch itself in {place.compute_dtype} is off "
+        f"by up to {measured:.2g}, and {MULTIPLE:g} times that is allowed where it is more, up to "
+        f"{MOST:g}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    """Of what took part and is installed; ONNX Runtime has a package for each device."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"python": platform.python_version(), "machine": platform.machine()}
+
+
+def _hashes(bundle: Bundle, place: Place) -> dict[str, str]:
+    """sha256 of what was verified, by name in the bundle."""
+    found = {
+        name: entry.sha256
+        for name, entry in bundle.manifest.files.items()
+        if name not in ("parity.json", "parity.html", "reference.npz")
+    }
+    root = bundle.path.resolve()
+    return found | {
+        path.resolve().relative_to(root).as_posix(): sha256_of(path) for path in place.documents
+    }
 
 
 def _require_comparable(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -184,36 +275,6 @@ def _require_comparable(bundle: Bundle, checkpoint: Checkpoint) -> None:
         )
 
 
-def _run_bundle(
-    bundle: Bundle,
-    prompts: Sequence[Prompt],
-    control: int,
-    seen: Observations,
-    progress: Progress,
-) -> tuple[list[IntArray], list[Invariant]]:
-    quantized = bundle.manifest.quantization is not None
-    # One after the other: the packed weights are gone before both graphs are opened.
-    with (
-        progress("Running prefill", 4) as advance,
-        closing(OnnxRuntimeRunner(bundle, exact=quantized)) as runner,
-    ):
-        answers, invariants = prefill_cases(runner, prompts, seen, advance)
-    with (
-        progress("Running decode", 2) as advance,
-        closing(OnnxRuntimeRunner(bundle, decode_graph=True, exact=quantized)) as runner,
-    ):
-        invariants += decode_cases(runner, prompts, answers, control, seen, advance)
-    if quantized:
-        # fp32 activations meet quantised weights in another kernel for one token than for many;
-        # what a caller sees is whether the kernels that serve differ.
-        with (
-            progress("Running as served", 2) as advance,
-            closing(OnnxRuntimeRunner(bundle, packed_cache=False)) as runner,
-        ):
-            invariants += served_cases(runner, prompts, answers, seen, advance)
-    return answers, invariants
-
-
 def _quality(
     seen: Observations,
     chosen: PromptSet,
@@ -221,11 +282,20 @@ def _quality(
     exact: Sequence[torch.Tensor],
     reference: StreamedReference,
     checkpoint: Checkpoint,
+    quantized: bool,
     progress: Progress,
 ) -> Quality:
     """Run the original with its own weights and measure the served bundle by it."""
-    original = StreamedReference(checkpoint)
     wanted = [seen.positions(row, SERVED) for row in range(len(rows))]
+    kept = [
+        state[np.searchsorted(seen.positions(row), wanted[row])]
+        for row, state in enumerate(exact[: len(rows)])
+    ]
+    proved = Projected(kept, reference.logits)
+    if not quantized:
+        with progress("Measuring quality"):
+            return measure_quality(seen, proved, proved)
+    original = StreamedReference(checkpoint)
     batches = [
         ReferenceBatch(tuple(rows[i] for i in group), tuple(wanted[i] for i in group))
         for group in _groups(chosen)
@@ -235,15 +305,9 @@ def _quality(
     hidden: dict[int, torch.Tensor] = {}
     for group, batch in zip(_groups(chosen), states, strict=True):
         hidden.update(zip(group, batch, strict=True))
-    kept = [
-        state[np.searchsorted(seen.positions(row), wanted[row])]
-        for row, state in enumerate(exact[: len(rows)])
-    ]
     with progress("Measuring quality"):
         return measure_quality(
-            seen,
-            Projected([hidden[row] for row in range(len(rows))], original.logits),
-            Projected(kept, reference.logits),
+            seen, Projected([hidden[row] for row in range(len(rows))], original.logits), proved
         )
 
 
@@ -259,7 +323,11 @@ class _WrongOriginal:
 
 
 def _controls(
-    rows: Sequence[IntArray], control: int, num_answer_tokens: int, reference: StreamedReference
+    rows: Sequence[IntArray],
+    control: int,
+    num_answer_tokens: int,
+    reference: StreamedReference,
+    share: int,
 ) -> tuple[list[_WrongOriginal], dict[str, str]]:
     """The wrong originals to run, and why controls do not apply."""
     wrong: list[_WrongOriginal] = []
@@ -275,7 +343,7 @@ def _controls(
     window = reference.sliding_window
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if window is not None and len(rows[longest]) > window:
-        widened = max(1, window // WIDENED_SHARE)
+        widened = max(1, window // share)
         wrong.append(_WrongOriginal(WIDE_WINDOW, longest, widened=widened))
     elif window is not None:
         skipped[WIDE_WINDOW] = f"no row exceeds the window of {window} tokens"

@@ -9,6 +9,7 @@ from importlib import resources
 from qwen_export.parity.chart import NUM_HUES, errors_by_step, scale_strip
 from qwen_export.parity.quality import Quality
 from qwen_export.parity.report import (
+    CPU,
     ControlResult,
     ParityReport,
     PositionResult,
@@ -18,6 +19,7 @@ from qwen_export.parity.stored import StoredWeights
 
 __all__ = ["render"]
 
+_BACKENDS = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 MAX_TEXT = 90
 """Characters of a prompt shown in the table."""
 
@@ -46,7 +48,11 @@ def render(report: ParityReport) -> str:
         _section("Stored weights", _stored(report.stored)),
         _section("Cases", _cases(report)),
         _section("Negative controls", _controls(report)),
-        *([_section("As it is served", _quality(report.quality))] if report.quality else []),
+        *(
+            [_section("As it is served", _quality(report, report.quality))]
+            if report.quality
+            else []
+        ),
         _section("The same tokens, run two ways", _invariants(report)),
         *(
             [_section("Where it departs", _positions(report.departures))]
@@ -107,7 +113,7 @@ def _compared(report: ParityReport) -> str:
     steps = sum(len(prompt.greedy_tokens) for prompt in report.prompts)
     body = (
         f"<p>{len(report.prompts)} prompts and {steps} greedy tokens after them went through the "
-        f"bundle's {report.compute_dtype} graphs in ONNX Runtime, and through transformers' own "
+        f"bundle, in {report.compute_dtype} {_place(report)}, and through transformers' own "
         f"{report.num_layers} layers in fp32 PyTorch, teacher-forced: the original sees the "
         "tokens the bundle chose, and must choose the same ones.</p>"
         "<p>The error of a position is max|difference| / max|original logit| over the whole "
@@ -115,13 +121,18 @@ def _compared(report: ParityReport) -> str:
         f"{escape(report.tolerance_reason)}. A token that differs is a tie only where the "
         "original's two best logits are closer than 10 times the difference.</p>"
     )
-    if report.quality is not None:
+    if report.quality is not None and report.device == CPU:
         body += (
             "<p>The weights are quantised: the original was given the bundle's own weights, codes "
             "times scales, and the bundle multiplied them in fp32.</p>"
         )
     body += "".join(f'<p class="soft">Note: {escape(note)}.</p>' for note in report.notes)
     return _section("What was compared", body)
+
+
+def _place(report: ParityReport) -> str:
+    name = _BACKENDS.get(report.backend, report.backend)
+    return f"with {escape(name)} on {escape(report.device)}"
 
 
 def _prompts(report: ParityReport) -> str:
@@ -206,25 +217,35 @@ def _stored(stored: StoredWeights) -> str:
     )
 
 
-def _quality(quality: Quality) -> str:
+def _quality(report: ParityReport, quality: Quality) -> str:
+    on_cpu = report.device == CPU
+    exact, rounding = (
+        ("fp32 activations", "int8 activations")
+        if on_cpu
+        else ("the bundle's weights in fp32", report.compute_dtype)
+    )
     rows = [
         ["positions", f"{quality.positions:,}"],
         ["same token as the original", f"{quality.top1_agreement:.1%}"],
         ["KL(original || served), mean", f"{format_error(quality.mean_kl)} nats"],
         ["KL(original || served), largest", f"{format_error(quality.max_kl)} nats"],
-        ["KL(original || fp32 activations), mean", f"{format_error(quality.exact_mean_kl)} nats"],
+        [f"KL(original || {exact}), mean", f"{format_error(quality.exact_mean_kl)} nats"],
         ["KL of ignoring the context", f"{format_error(quality.context_kl)} nats"],
         ["logit error against the original, mean", format_error(quality.mean_logit_error)],
         ["logit error against the original, largest", format_error(quality.max_logit_error)],
-        ["logit error of int8 activations, mean", format_error(quality.mean_served_error)],
-        ["logit error of int8 activations, largest", format_error(quality.max_served_error)],
+        [f"logit error of {rounding}, mean", format_error(quality.mean_served_error)],
+        [f"logit error of {rounding}, largest", format_error(quality.max_served_error)],
     ]
-    return (
-        "<p>Everything above is computed with fp32 activations, and its original has the bundle's "
+    told = (
+        "Everything above is computed with fp32 activations, and its original has the bundle's "
         "own weights, codes times scales: it proves the graphs. Requests are served with int8 "
-        "activations; below, that is compared with the original's unquantised weights.</p>"
-        + _table(("", ""), [[escape(name), value] for name, value in rows], (1,))
+        "activations; below, that is compared with the original's unquantised weights."
+        if on_cpu
+        else "The same run, against the original in fp32 with its own weights. Above, the original "
+        "of a quantised bundle has the bundle's weights, codes times scales."
     )
+    table = _table(("", ""), [[escape(name), value] for name, value in rows], (1,))
+    return f"<p>{told}</p>{table}"
 
 
 def _invariants(report: ParityReport) -> str:

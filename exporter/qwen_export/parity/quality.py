@@ -65,7 +65,8 @@ class Quality:
     exact_mean_kl: float
     """Mean KL(original || exact): what the weights alone cost, with fp32 activations."""
     mean_served_error: float
-    """Of max|difference| / max|exact| between served and exact: what int8 activations cost."""
+    """Of max|difference| / max|exact| between served and exact: what int8 activations cost, or the
+    compute dtype of a device."""
     max_served_error: float
 
     @property
@@ -79,8 +80,8 @@ class Quality:
             )
         if not self.mean_served_error <= MAX_SERVED_ERROR:
             return (
-                f"int8 activations change logits by {self.mean_served_error:.2g} of the largest "
-                f"on average, more than {MAX_SERVED_ERROR:g}"
+                f"rounding changes the logits that are served by {self.mean_served_error:.2g} of the "
+                f"largest on average, more than {MAX_SERVED_ERROR:g}"
             )
         return None
 

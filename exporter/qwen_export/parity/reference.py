@@ -86,7 +86,10 @@ class StreamedReference:
         weights: An opened checkpoint, or what a bundle made of its weights.
     """
 
-    def __init__(self, weights: Checkpoint | ReferenceWeights) -> None:
+    def __init__(
+        self, weights: Checkpoint | ReferenceWeights, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._dtype = dtype
         if isinstance(weights, Checkpoint):
             weights = CheckpointWeights(weights)
         self._weights = weights
@@ -100,6 +103,11 @@ class StreamedReference:
         """Layers that `hidden_states` goes through."""
         return int(self._config.num_hidden_layers)
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that `logits` gives a number each."""
+        return int(self._config.vocab_size)
+
     def rotary(self, rope: Rope, length: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of positions 0..length-1, [1, length, head_dim] each."""
         config = self._config
@@ -108,6 +116,7 @@ class StreamedReference:
             config.rope_parameters["rope_theta"] *= WRONG_THETA_FACTOR
         cos, sin = self._classes.rotary(config)(torch.zeros(1), torch.arange(length)[None])
         # Rotating by the negative angle is what pairing the halves the other way round does.
+        cos, sin = cos.to(self._dtype), sin.to(self._dtype)
         return (cos, -sin) if rope == "swapped halves" else (cos, sin)
 
     @property
@@ -130,7 +139,7 @@ class StreamedReference:
         return {
             kind: _MASKS[kind](
                 config=config,
-                inputs_embeds=torch.zeros(*real.shape, 1),
+                inputs_embeds=torch.zeros(*real.shape, 1, dtype=self._dtype),
                 attention_mask=real,
                 past_key_values=None,
             )
@@ -191,7 +200,8 @@ class StreamedReference:
         logits = np.empty((len(hidden), vocab_size), np.float32)
         for start in range(0, vocab_size, rows):
             block = _float32(self._weights.rows(name, slice(start, start + rows)))
-            logits[:, start : start + rows] = nn.functional.linear(hidden, block).numpy()
+            part = nn.functional.linear(hidden, block.to(self._dtype))
+            logits[:, start : start + rows] = part.float().numpy()
             self._weights.release(name)
         return logits
 
@@ -199,7 +209,7 @@ class StreamedReference:
         name = self._weights.tying.embedding
         rows = _float32(self._weights.rows(name, token_ids.ravel()))
         self._weights.release(name)
-        return rows.view(*token_ids.shape, -1)
+        return rows.to(self._dtype).view(*token_ids.shape, -1)
 
     def _module(self, make: Callable[[], nn.Module], prefix: str) -> nn.Module:
         """A module of transformers with its weights; every one must be there, and no other."""
@@ -208,7 +218,9 @@ class StreamedReference:
         state = {}
         for name in self._weights.names:
             if name.startswith(prefix):
-                state[name.removeprefix(prefix)] = _float32(self._weights.read(name))
+                state[name.removeprefix(prefix)] = _float32(self._weights.read(name)).to(
+                    self._dtype
+                )
                 self._weights.release(name)
         module.load_state_dict(state, strict=True, assign=True)
         return module.eval()

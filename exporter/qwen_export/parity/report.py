@@ -15,6 +15,7 @@ from qwen_runtime.manifest import ParitySummary
 from qwen_runtime.reference_data import REFERENCE_FILE, ReferenceData
 
 __all__ = [
+    "CPU",
     "CaseResult",
     "ControlResult",
     "ParityReport",
@@ -24,6 +25,8 @@ __all__ = [
     "format_error",
 ]
 
+CPU = "cpu"
+"""A report's device where a bundle runs on the CPU, as builds verify it."""
 JSON_FILE = "parity.json"
 HTML_FILE = "parity.html"
 
@@ -140,7 +143,12 @@ class ParityReport:
     source: str
     """The checkpoint."""
     num_layers: int
+    backend: str
+    """What ran the bundle: "onnxruntime" or "tensorrt"."""
+    device: str
+    """Where: "cpu", or the name of a GPU."""
     compute_dtype: str
+    """Format of activations and caches there."""
     tolerance: float
     tolerance_reason: str
     prompts: tuple[PromptResult, ...]
@@ -150,7 +158,8 @@ class ParityReport:
     stored: StoredWeights
     """The weights file against the checkpoint."""
     quality: Quality | None
-    """How far a quantised bundle, as it is served, is from the original; None for floats."""
+    """How far the bundle, as it is served, is from the original; None for floats on the CPU, where
+    nothing but rounding is between them."""
     series: tuple[Series, ...]
     departures: tuple[PositionResult, ...]
     """Failed positions, the earliest of every case and prompt, in the order of the ladder."""
@@ -234,11 +243,15 @@ class ParityReport:
 
     def write(self, folder: Path) -> None:
         """Write parity.json, parity.html and reference.npz into a folder, replacing old ones."""
+        self.write_pages(folder)
+        self.reference.write(folder / REFERENCE_FILE)
+
+    def write_pages(self, folder: Path) -> None:
+        """Write parity.json and parity.html into a folder, replacing old ones."""
         from qwen_export.parity.page import render  # the page needs this module
 
         (folder / JSON_FILE).write_text(self.to_json(), "utf-8")
         (folder / HTML_FILE).write_text(render(self), "utf-8")
-        self.reference.write(folder / REFERENCE_FILE)
 
 
 def _by_name(value: Any) -> Any:

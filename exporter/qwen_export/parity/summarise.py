@@ -32,7 +32,7 @@ CONTROLS = {
     "wrong theta": "the original, its rotary base 10 times larger",
     "swapped halves": "the original, the halves of every head paired the other way round",
     OFF_BY_ONE: "the bundle, decoding with a past one token too short",
-    WIDE_WINDOW: "the original, its sliding windows wider by 1/64, or by one token",
+    WIDE_WINDOW: "the original, its sliding windows too wide",
 }
 
 
@@ -54,7 +54,9 @@ class Evidence:
     stored: StoredWeights
     """The weights file against the checkpoint."""
     quality: Quality | None = None
-    """Of a quantised bundle."""
+    """Of a quantised bundle, or of a run on a device."""
+    cases: tuple[str, ...] = tuple(CASES)
+    """Keys of those that were to be run."""
 
 
 def summarise(
@@ -62,6 +64,8 @@ def summarise(
     *,
     source: str,
     num_layers: int,
+    backend: str,
+    device: str,
     compute_dtype: str,
     tolerance: float,
     tolerance_reason: str,
@@ -72,7 +76,7 @@ def summarise(
 ) -> ParityReport:
     """Make the report; arguments beside the evidence are its fields of the same name."""
     prompts = evidence.prompts
-    order = {key: i for i, key in enumerate(CASES)}
+    order = {key: i for i, key in enumerate(evidence.cases)}
     judged = sorted(
         (item for item in evidence.judged if item.case in order),
         key=lambda item: (order[item.case], item.row),
@@ -81,11 +85,13 @@ def summarise(
     return ParityReport(
         source=source,
         num_layers=num_layers,
+        backend=backend,
+        device=device,
         compute_dtype=compute_dtype,
         tolerance=tolerance,
         tolerance_reason=tolerance_reason,
         prompts=tuple(_prompts(evidence, judged)),
-        cases=tuple(_case(key, [i for i in judged if i.case == key]) for key in CASES),
+        cases=tuple(_case(key, [i for i in judged if i.case == key]) for key in order),
         stored=evidence.stored,
         controls=tuple(_control(key, evidence) for key in evidence.controls),
         invariants=evidence.invariants,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FloatArray", "IntArray", "Limits", "ModelRunner"]
+__all__ = ["ArgmaxRunner", "FloatArray", "IntArray", "Limits", "ModelRunner"]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -91,3 +91,23 @@ class ModelRunner(Protocol):
 
     def close(self) -> None:
         """Release sessions and buffers; the runner cannot be used afterwards."""
+
+
+@runtime_checkable
+class ArgmaxRunner(Protocol):
+    """What a `ModelRunner` may be able to do besides: choose tokens where the logits are."""
+
+    @property
+    def has_argmax(self) -> bool:
+        """Whether `decode_argmax` works with these graphs."""
+
+    def decode_argmax(self, slots: Sequence[int], tokens: Sequence[int]) -> IntArray:
+        """As `ModelRunner.decode`, bringing only each row's best token.
+
+        Returns:
+            The token with the highest logit, the lowest of equal ones, [len(slots)]; valid until
+            the next call.
+
+        Raises:
+            BackendError: If a row's logits hold a NaN.
+        """

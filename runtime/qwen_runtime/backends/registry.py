@@ -9,7 +9,7 @@ from qwen_runtime.errors import RequestError
 
 __all__ = ["DEVICES", "check_backend", "open_runner"]
 
-DEVICES = {"onnxruntime": ("cpu",), "tensorrt": ("cuda",)}
+DEVICES = {"onnxruntime": ("cpu", "cuda"), "tensorrt": ("cuda",)}
 """Backend to the devices it runs on, its own choice first."""
 
 
@@ -19,7 +19,7 @@ def check_backend(backend: object, device: object, threads: object = None) -> No
     Args:
         backend: A key of `DEVICES`.
         device: One of its devices, or None for its own choice.
-        threads: None unless the backend computes on the CPU.
+        threads: None unless it computes on the CPU.
 
     Raises:
         RequestError: Naming the argument.
@@ -33,10 +33,12 @@ def check_backend(backend: object, device: object, threads: object = None) -> No
         raise RequestError(
             f'device must be {names} for backend "{backend}", got {device!r}', param="device"
         )
-    if threads is not None and "cpu" not in devices:
+    if threads is not None and (device or devices[0]) != "cpu":
         raise RequestError(
             f'threads must be None for backend "{backend}", which computes on the GPU, got '
-            f"{threads!r}",
+            f"{threads!r}"
+            if "cpu" not in devices
+            else f'threads must be None for device "cuda", got {threads!r}',
             param="threads",
         )
 
@@ -47,6 +49,7 @@ def open_runner(
     backend: str = "onnxruntime",
     device: str | None = None,
     threads: int | None = None,
+    proved: bool = True,
 ) -> ModelRunner:
     """Open a bundle on a backend.
 
@@ -55,6 +58,8 @@ def open_runner(
         backend: A key of `DEVICES`.
         device: One of its devices; None for its own choice.
         threads: Threads for one operator on the CPU; None for one per core.
+        proved: Refuse what was made for a GPU until it has answered there like the original;
+            otherwise it is opened as it is, to be measured.
 
     Returns:
         A runner; its caller closes it.
@@ -68,5 +73,9 @@ def open_runner(
     if backend == "tensorrt":
         from qwen_runtime.backends.tensorrt import open_tensorrt  # not needed on the CPU
 
-        return open_tensorrt(bundle)
+        return open_tensorrt(bundle, proved=proved)
+    if device == "cuda":
+        from qwen_runtime.backends.cuda import open_cuda  # not needed on the CPU
+
+        return open_cuda(bundle, proved=proved)
     return OnnxRuntimeRunner(bundle, threads=threads)

@@ -27,7 +27,13 @@ from qwen_runtime.backends.packed_file import rewrite
 from qwen_runtime.bundle import Bundle, sha256_of
 from qwen_runtime.errors import BackendError, BundleError, RequestError
 
-__all__ = ["SessionSettings", "check_threads", "import_onnxruntime", "open_session"]
+__all__ = [
+    "SessionSettings",
+    "check_threads",
+    "import_onnxruntime",
+    "open_session",
+    "require_version",
+]
 
 MIN_CACHED_BYTES = 64 << 20
 """Weights files below this are packed at every load, in less than half a second."""
@@ -243,12 +249,26 @@ def import_onnxruntime(minimum: str | None) -> Any:
             "onnxruntime must be installed to run a bundle on the CPU: "
             "pip install 'qwen-export[cpu]'"
         ) from error
-    if minimum is not None and _version(ort.__version__) < _version(minimum):
-        raise BackendError(
-            f"onnxruntime must be at least {minimum} for this bundle, got {ort.__version__}: "
-            "pip install -U 'qwen-export[cpu]'"
-        )
+    require_version(ort.__version__, minimum, "cpu")
     return ort
+
+
+def require_version(found: str, minimum: str | None, extra: str) -> None:
+    """Refuse an onnxruntime that is too old.
+
+    Args:
+        found: Its version.
+        minimum: The oldest that a bundle runs on; None for any.
+        extra: The extra that brings a newer one.
+
+    Raises:
+        BackendError: If it is older.
+    """
+    if minimum is not None and _version(found) < _version(minimum):
+        raise BackendError(
+            f"onnxruntime must be at least {minimum} for this bundle, got {found}: "
+            f"pip install -U 'qwen-export[{extra}]'"
+        )
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -13,12 +13,29 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Decoding", "Feed", "FinishReason", "FloatArray", "IntArray", "RowCopy", "Step"]
+__all__ = [
+    "Decoding",
+    "Feed",
+    "FinishReason",
+    "FloatArray",
+    "IntArray",
+    "RowCopy",
+    "Step",
+    "TokenChoice",
+]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 FinishReason = str
 """Why a row ended: "stop", "length" or "cancelled"; a request that fails raises."""
+
+
+@dataclass(slots=True)
+class TokenChoice:
+    """Where the loop leaves a feed's best token, if that was chosen beside the logits."""
+
+    token: int | None = None
+    """The one with the highest logit, the lowest of equal ones; None where logits came instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,9 @@ class Feed:
     """Tokens of the row that stay valid; fewer than it holds forgets the rest."""
     want: int
     """How many of the last positions' logits are wanted, 0..S."""
+    choice: TokenChoice | None = None
+    """Given where the best token serves as well as its logits, for one token with ``want`` 1: if
+    the loop sets it, the feed's logits are empty, [1, 0]."""
 
 
 @dataclass(frozen=True, slots=True)

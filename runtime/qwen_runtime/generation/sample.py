@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from qwen_runtime.errors import RequestError
-from qwen_runtime.generation.base import Feed, FloatArray, IntArray, RowCopy, Step
+from qwen_runtime.generation.base import Feed, FloatArray, IntArray, RowCopy, Step, TokenChoice
 from qwen_runtime.generation.guidance import Guidance
 from qwen_runtime.generation.prompts import PromptBatch
 from qwen_runtime.generation.rows import RowState, TokenStreamer, make_generators, token_logprob
@@ -109,6 +109,14 @@ class SampleDecoding:
             ]
         )
 
+        # Nobody sees logits or scores, and nothing changes them.
+        self._takes_best = (
+            self._joint is None
+            and not (config.output_logits or config.logprobs)
+            and all(selector.takes_best for selector in self._selectors)
+        )
+        self._choices: dict[int, TokenChoice] = {}
+
     @property
     def num_rows(self) -> int:
         """See `Decoding.num_rows`."""
@@ -154,7 +162,10 @@ class SampleDecoding:
         feeds = []
         for row in self._fed:
             token = self._ids[row, self._length - 1 : self._length]
-            feeds.append(Feed(row, token, past=self._held[row], want=1))
+            choice = TokenChoice() if self._takes_best else None
+            if choice is not None:
+                self._choices[row] = choice
+            feeds.append(Feed(row, token, past=self._held[row], want=1, choice=choice))
             self._held[row] += 1
         return Step(tuple(feeds), tuple(copies))
 
@@ -239,6 +250,10 @@ class SampleDecoding:
             if values is None:
                 self._skip_draw(row)
                 tokens.append(0)
+                continue
+            choice = self._choices.get(row)
+            if choice is not None and choice.token is not None:
+                tokens.append(choice.token)
                 continue
             token, scores_of_row = self._selectors[row].select(self.input_ids[row], values)
             tokens.append(token)

@@ -99,6 +99,11 @@ class TokenSelector:
         self._dense = LogitsProcessorList(processors[:first]) if fused else self._processors
         self._tail = tail if fused else []
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the token is the logits' first highest one and nothing else is returned."""
+        return self._generator is None and not self._processors and not self._return_scores
+
     def select(self, input_ids: IdArray, logits: FloatArray) -> tuple[int, FloatArray | None]:
         """Choose the next token.
 

@@ -2,13 +2,14 @@
 
 ::
 
-    opening ── proof                  choose an engine, run it, prove it once on the device
-       └─ runner ── calls             what a caller asks for, split into calls a plan allows
+    opening                           choose an engine, run it, prove it once on the device
+       └─ runner                      what a caller asks for, split into calls a plan allows
             ├─ decoder                CUDA graphs of decode steps
-            ├─ cache, buffers         device and page-locked memory
+            ├─ cache                  device memory
             └─ loaded ── contexts     plans and execution contexts
                  └─ seam ── nvidia    the only module that touches TensorRT and CUDA
 
+Calls, buffers and the proof are shared with the other engine for GPUs: ``backends/device_*``.
 None of it has been executed on a GPU: everything above ``seam`` is tested against a double that
 keeps device memory in an array and computes with ONNX Runtime, ``nvidia`` only as far as it works
 without a driver. See docs/tensorrt.md.

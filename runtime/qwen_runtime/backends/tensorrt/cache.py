@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_runtime.backends.base import IntArray
-from qwen_runtime.backends.tensorrt.memory import ALIGNMENT, DeviceMemory
+from qwen_runtime.backends.device_memory import ALIGNMENT, DeviceMemory
 from qwen_runtime.backends.tensorrt.seam import DeviceMemoryError, Seam
 from qwen_runtime.errors import BackendError, CapacityError
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from qwen_runtime.backends.tensorrt.buffers import ID_BYTES, CallBuffers, DecodeStaging
+from qwen_runtime.backends.device_buffers import ID_BYTES, CallBuffers, DecodeStaging
 from qwen_runtime.backends.tensorrt.cache import DeviceCache
 from qwen_runtime.backends.tensorrt.contexts import Context, Scratch, input_shapes
 from qwen_runtime.backends.tensorrt.loaded import PhasePlan

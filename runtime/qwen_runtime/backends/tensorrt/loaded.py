@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen_runtime.backends.device_calls import CallLimits
+from qwen_runtime.backends.device_check import require_gpu
 from qwen_runtime.backends.tensorrt.cache import CacheLayout
-from qwen_runtime.backends.tensorrt.calls import CallLimits
-from qwen_runtime.backends.tensorrt.seam import DeviceInfo, Seam, TensorInfo
+from qwen_runtime.backends.tensorrt.seam import Seam, TensorInfo
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_description import EngineProfile, Phase, PlanEntry
 from qwen_runtime.engine_file import EngineFolder, refusal
 from qwen_runtime.errors import BackendError, BundleError
 
-__all__ = ["LoadedEngine", "PhasePlan", "require_gpu"]
+__all__ = ["LoadedEngine", "PhasePlan"]
 
 _ELEMENT_BYTES = {"BF16": 2, "HALF": 2, "FLOAT": 4}
 """Types a cache may have, by TensorRT's name."""
@@ -74,7 +75,7 @@ class LoadedEngine:
 
     def __init__(self, seam: Seam, bundle: Bundle, folder: EngineFolder) -> None:
         self._seam, self._folder = seam, folder
-        self.device = require_gpu(seam)
+        self.device = require_gpu(seam, "run TensorRT engines", "use backend='onnxruntime'")
         reason = refusal(folder, seam.version, self.device.sm)
         if reason is not None:
             raise BackendError(reason)
@@ -215,33 +216,6 @@ class LoadedEngine:
 
     def _mismatch(self, what: str) -> BundleError:
         return BundleError(f"{self.name}: {what}; {self._rebuild()}", path=self._folder.path)
-
-
-def require_gpu(seam: Seam) -> DeviceInfo:
-    """The GPU in use.
-
-    Raises:
-        BackendError: If there is none, no driver, or one that is too old.
-    """
-    driver, runtime = seam.cuda_versions()
-    other = "or use backend='onnxruntime'"
-    if not driver:
-        raise BackendError(
-            f"an NVIDIA driver for CUDA {runtime // 1000} is needed to run TensorRT engines, got "
-            f"none; install one, {other}"
-        )
-    if driver // 1000 < runtime // 1000:
-        raise BackendError(
-            f"the NVIDIA driver must serve CUDA {runtime // 1000}, got one for CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10}; update the driver, {other}"
-        )
-    try:
-        return seam.device()
-    except BackendError as error:
-        raise BackendError(
-            f"a CUDA GPU is needed to run TensorRT engines: {error}; check CUDA_VISIBLE_DEVICES, "
-            f"{other}"
-        ) from error
 
 
 def _limits(profile: EngineProfile, capacity: int, bundle: Bundle) -> CallLimits:

@@ -10,26 +10,20 @@ the engine's validity and the runtime configuration exist in TensorRT-RTX only.
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from qwen_runtime.backends.tensorrt.seam import DeviceInfo, DeviceMemoryError, Seam, TensorInfo
+from qwen_runtime.backends.nvidia_device import NvidiaDevice, import_for
+from qwen_runtime.backends.tensorrt.seam import Seam, TensorInfo
 from qwen_runtime.errors import BackendError
 
 __all__ = ["MODULES", "NvidiaSeam", "load_seam"]
 
 MODULES = {"tensorrt-rtx": "tensorrt_rtx_bindings", "tensorrt": "tensorrt"}
 """Flavour, which is also the name of the extra that installs it, to Python module."""
-_DEVICE = 0
-"""The first GPU that CUDA_VISIBLE_DEVICES leaves visible."""
 
 
 def load_seam(flavour: str) -> Seam:
@@ -41,24 +35,15 @@ def load_seam(flavour: str) -> Seam:
     Raises:
         BackendError: If one of them is not installed.
     """
+    purpose = f"run {flavour} engines"
     return NvidiaSeam(
         flavour,
-        _import(MODULES[flavour], flavour),
-        _import("cuda.bindings.runtime", flavour),
+        import_for(MODULES[flavour], purpose, flavour),
+        import_for("cuda.bindings.runtime", purpose, flavour),
     )
 
 
-def _import(module: str, flavour: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise BackendError(
-            f"{module} must be installed to run {flavour} engines ({error}): "
-            f"pip install 'qwen-export[{flavour}]'"
-        ) from error
-
-
-class NvidiaSeam:
+class NvidiaSeam(NvidiaDevice):
     """See `Seam`.
 
     Args:
@@ -68,9 +53,9 @@ class NvidiaSeam:
     """
 
     def __init__(self, flavour: str, trt: ModuleType, cuda: ModuleType) -> None:
+        super().__init__(cuda)
         self.flavour = flavour
         self._trt: Any = trt
-        self._cuda: Any = cuda
         self.version: str = trt.__version__
         self._log = _logger(trt)
         self._runtime: Any = None
@@ -84,26 +69,6 @@ class NvidiaSeam:
     @property
     def _rtx(self) -> bool:
         return self.flavour == "tensorrt-rtx"
-
-    def cuda_versions(self) -> tuple[int, int]:
-        """See `Seam.cuda_versions`."""
-        versions = (self._call("cudaDriverGetVersion"), self._call("cudaRuntimeGetVersion"))
-        return int(versions[0]), int(versions[1])
-
-    def device(self) -> DeviceInfo:
-        """See `Seam.device`."""
-        if not self._call("cudaGetDeviceCount"):
-            raise BackendError("CUDA finds no GPU")
-        self._call("cudaSetDevice", _DEVICE)
-        kinds = self._cuda.cudaDeviceAttr
-        wanted = (kinds.cudaDevAttrComputeCapabilityMajor, kinds.cudaDevAttrComputeCapabilityMinor)
-        major, minor = (self._call("cudaDeviceGetAttribute", kind, _DEVICE) for kind in wanted)
-        name = self._call("cudaGetDeviceProperties", _DEVICE).name
-        return DeviceInfo(name.decode().rstrip("\0"), 10 * int(major) + int(minor))
-
-    def free_bytes(self) -> int:
-        """See `Seam.free_bytes`."""
-        return int(self._call("cudaMemGetInfo")[0])
 
     def validity(self, plan: Path) -> tuple[str, ...]:
         """See `Seam.validity`. Enterprise TensorRT has no such query: empty.
@@ -224,64 +189,6 @@ class NvidiaSeam:
         """See `Seam.enqueue`."""
         self._require(self._contexts[context].execute_async_v3(stream), "run the engine")
 
-    def malloc(self, num_bytes: int) -> int:
-        """See `Seam.malloc`."""
-        return int(self._call("cudaMalloc", num_bytes))
-
-    def free(self, address: int) -> None:
-        """See `Seam.free`."""
-        self._call("cudaFree", address)
-
-    def host_malloc(self, num_bytes: int) -> int:
-        """See `Seam.host_malloc`."""
-        return int(self._call("cudaMallocHost", num_bytes))
-
-    def host_free(self, address: int) -> None:
-        """See `Seam.host_free`."""
-        self._call("cudaFreeHost", address)
-
-    def host_view(self, address: int, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """See `Seam.host_view`."""
-        return np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
-
-    def zero(self, address: int, num_bytes: int, stream: int) -> None:
-        """See `Seam.zero`."""
-        self._call("cudaMemsetAsync", address, 0, num_bytes, stream)
-
-    def to_device(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """See `Seam.to_device`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", target, source, num_bytes, kind, stream)
-
-    def to_host(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """See `Seam.to_host`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", target, source, num_bytes, kind, stream)
-
-    def on_device(self, target: int, source: int, num_bytes: int, stream: int) -> None:
-        """See `Seam.on_device`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpyAsync", target, source, num_bytes, kind, stream)
-
-    def on_device_2d(
-        self, target: int, source: int, *, pitch: int, width: int, height: int, stream: int
-    ) -> None:
-        """See `Seam.on_device_2d`."""
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpy2DAsync", target, pitch, source, pitch, width, height, kind, stream)
-
-    def new_stream(self) -> int:
-        """See `Seam.new_stream`."""
-        return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
-
-    def free_stream(self, stream: int) -> None:
-        """See `Seam.free_stream`."""
-        self._call("cudaStreamDestroy", stream)
-
-    def synchronise(self, stream: int) -> None:
-        """See `Seam.synchronise`."""
-        self._call("cudaStreamSynchronize", stream)
-
     def begin_capture(self, stream: int) -> None:
         """See `Seam.begin_capture`."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -309,20 +216,6 @@ class NvidiaSeam:
     def free_graph(self, graph: int) -> None:
         """See `Seam.free_graph`."""
         self._call("cudaGraphExecDestroy", self._graphs.pop(graph))
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """Call CUDA: its one result, a tuple of several, or None."""
-        error, *results = getattr(self._cuda, name)(*arguments)
-        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            self._cuda.cudaGetLastError()  # or later calls would report it again
-            raise DeviceMemoryError(f"{name} failed: {self._words(error)}")
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            raise BackendError(f"{name} failed: {self._words(error)}")
-        return results[0] if len(results) == 1 else tuple(results)
-
-    def _words(self, error: Any) -> str:
-        text = self._cuda.cudaGetErrorString(error)[1]
-        return f"{error.name}, {text.decode() if isinstance(text, bytes) else text}"
 
     def _trt_runtime(self) -> Any:
         if self._runtime is None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 
+from qwen_runtime.backends.proof import Claim, prove
 from qwen_runtime.backends.tensorrt.nvidia import MODULES, load_seam
-from qwen_runtime.backends.tensorrt.proof import prove
 from qwen_runtime.backends.tensorrt.runner import TensorRtRunner
+from qwen_runtime.backends.tensorrt.seam import Seam
 from qwen_runtime.bundle import Bundle
+from qwen_runtime.engine_description import ENGINE_FILE
 from qwen_runtime.engine_file import EngineFolder, engine_names
 
-__all__ = ["choose_engine", "open_tensorrt"]
+__all__ = ["choose_engine", "claim_of", "open_tensorrt"]
 
 
-def open_tensorrt(bundle: Bundle) -> TensorRtRunner:
+def open_tensorrt(bundle: Bundle, *, proved: bool = True) -> TensorRtRunner:
     """Load a bundle's engine, and prove it where it was never run.
+
+    Args:
+        bundle: An opened bundle.
+        proved: Prove it; otherwise it may answer wrongly.
 
     Raises:
         BackendError: If TensorRT, a driver or a GPU is missing, the engine cannot run here, memory
@@ -24,8 +30,10 @@ def open_tensorrt(bundle: Bundle) -> TensorRtRunner:
     folder = choose_engine(bundle)
     seam = load_seam(folder.description.flavour)
     runner = TensorRtRunner(bundle, folder, seam)
+    if not proved:
+        return runner
     try:
-        prove(runner, bundle, folder, runner.device, seam.cuda_versions()[0])
+        prove(runner, bundle, _claim(folder, seam), runner.device)
     except BaseException:
         runner.close()
         raise
@@ -43,3 +51,29 @@ def choose_engine(bundle: Bundle) -> EngineFolder:
     installed = [name for name in order if importlib.util.find_spec(MODULES[name]) is not None]
     chosen = (installed or order or names or tuple(MODULES))[0]
     return EngineFolder.open(bundle, chosen)
+
+
+def claim_of(bundle: Bundle) -> Claim:
+    """What a bundle's engine claims on this machine: that it answers like the original.
+
+    Raises:
+        BackendError: If its TensorRT is not installed.
+        BundleError: If there is no engine, or it is damaged.
+    """
+    folder = choose_engine(bundle)
+    return _claim(folder, load_seam(folder.description.flavour))
+
+
+def _claim(folder: EngineFolder, seam: Seam) -> Claim:
+    found = folder.description
+    return Claim(
+        document=folder.path / ENGINE_FILE,
+        compute_dtype=found.compute_dtype,
+        software=f"{found.flavour} {found.version}",
+        check_hashes=folder.check_hashes,
+        room="--capacity",
+        advice=f"do not use this engine: build it again ({folder.rebuild_command}), or use "
+        "backend='onnxruntime'",
+        backend="tensorrt",
+        driver=seam.cuda_versions()[0],
+    )

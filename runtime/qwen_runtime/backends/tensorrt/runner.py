@@ -8,24 +8,24 @@ from contextlib import ExitStack
 import numpy as np
 
 from qwen_runtime.backends.base import FloatArray, IntArray, Limits
-from qwen_runtime.backends.tensorrt.buffers import (
+from qwen_runtime.backends.device_buffers import (
     ID_BYTES,
     LOGIT_BYTES,
     CallBuffers,
     CallSizes,
     DecodeStaging,
 )
-from qwen_runtime.backends.tensorrt.cache import DeviceCache
-from qwen_runtime.backends.tensorrt.calls import (
+from qwen_runtime.backends.device_calls import (
     PrefillCall,
     PrefillRow,
     decode_spans,
     prefill_calls,
 )
+from qwen_runtime.backends.device_memory import DeviceMemory, aligned
+from qwen_runtime.backends.tensorrt.cache import DeviceCache
 from qwen_runtime.backends.tensorrt.contexts import Context, Scratch, input_shapes
 from qwen_runtime.backends.tensorrt.decoder import Decoder
 from qwen_runtime.backends.tensorrt.loaded import LoadedEngine
-from qwen_runtime.backends.tensorrt.memory import DeviceMemory, aligned
 from qwen_runtime.backends.tensorrt.seam import DeviceInfo, DeviceMemoryError, Seam
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_file import EngineFolder

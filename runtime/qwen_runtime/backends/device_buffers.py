@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_runtime.backends.base import FloatArray, IntArray
-from qwen_runtime.backends.tensorrt.memory import DeviceMemory, aligned
+from qwen_runtime.backends.device_memory import DeviceMemory, aligned
 
 __all__ = ["ID_BYTES", "LOGIT_BYTES", "CallBuffers", "CallSizes", "DecodeStaging"]
 

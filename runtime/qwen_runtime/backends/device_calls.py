@@ -1,6 +1,6 @@
-"""Which calls run what was asked for: as few as an engine's profiles and cache allow.
+"""Which calls run what was asked for on a GPU: as few as the graphs and the cache allow.
 
-Knows neither TensorRT nor buffers. Of every row of a call, what the slot holds and the call's new
+Knows neither engines nor buffers. Of every row of a call, what the slot holds and the call's new
 tokens, padding included, fit in the cache: one row past it would corrupt others.
 """
 
@@ -19,7 +19,7 @@ MAX_PADDING = 2
 
 @dataclass(frozen=True, slots=True)
 class CallLimits:
-    """What one call of an engine can do."""
+    """What one call can do."""
 
     capacity: int
     """Tokens a row can hold."""
@@ -28,6 +28,12 @@ class CallLimits:
     """New tokens per row."""
     max_num_logits: int
     """Positions per row whose logits come back."""
+    max_tokens: int | None = None
+    """New tokens of all rows, padding included; None for no other limit."""
+    max_logits: int | None = None
+    """Positions of all rows whose logits come back; None for no other limit."""
+    uniform: bool = False
+    """Whether several rows share a call only where all begin at 0 and bring equally many tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,14 @@ class PrefillCall:
         wider = PrefillCall((*self.chunks, chunk))
         sequence, num_rows = wider.sequence, len(wider.chunks)
         computed = sum(each.length for each in wider.chunks)
+        if limits.uniform and (
+            any(each.past for each in wider.chunks) or computed < sequence * num_rows
+        ):
+            return False
+        if limits.max_tokens is not None and sequence * num_rows > limits.max_tokens:
+            return False
+        if limits.max_logits is not None and wider.num_logits * num_rows > limits.max_logits:
+            return False
         return (
             chunk.row.slot == self.chunks[-1].row.slot + 1
             and num_rows <= limits.max_batch
@@ -109,7 +123,7 @@ def prefill_calls(rows: Sequence[PrefillRow], limits: CallLimits) -> Iterator[Pr
 
     Args:
         rows: Distinct slots; past + length is within the capacity.
-        limits: The engine's.
+        limits: Of one call.
     """
     done = {row.index: 0 for row in rows}
     waiting = sorted(rows, key=lambda row: row.slot)
@@ -148,7 +162,7 @@ def decode_spans(
     Args:
         slots: Running slots, ascending; each has room for a token.
         lengths: Tokens of every slot.
-        limits: The engine's.
+        limits: Of one call.
     """
     first = last = slots[0]
     for slot in slots[1:]:

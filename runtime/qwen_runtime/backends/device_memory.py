@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.tensorrt.seam import Seam
+from qwen_runtime.backends.device_seam import DeviceSeam
 
 __all__ = ["ALIGNMENT", "DeviceMemory", "aligned"]
 
@@ -22,7 +22,7 @@ class DeviceMemory:
         seam: Where they are made.
     """
 
-    def __init__(self, seam: Seam) -> None:
+    def __init__(self, seam: DeviceSeam) -> None:
         self._seam = seam
         self._device: dict[int, int] = {}
         self._host: dict[int, int] = {}

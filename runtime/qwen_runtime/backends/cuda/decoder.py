@@ -1,0 +1,126 @@
+"""Decode steps: plain at first, from a CUDA graph where they come again.
+
+A step of one block of slots is always the same work at the same addresses: new ids and lengths to
+the device, the graph, results back. ONNX Runtime keeps a CUDA graph for every number it is given
+and launches it whatever is bound by then, so a number stands for one binding for good and is never
+given again: when a buffer moves, bindings and numbers go.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from qwen_runtime.backends.cuda.bindings import CallBinder, ChosenTokens
+from qwen_runtime.backends.cuda.cache import DeviceKVCache
+from qwen_runtime.backends.cuda.seam import NO_GRAPH, CudaSeam
+from qwen_runtime.backends.cuda.sessions import LoweredGraph
+from qwen_runtime.backends.device_buffers import ID_BYTES, CallBuffers, DecodeStaging
+
+__all__ = ["MAX_BINDINGS", "Decoder"]
+
+MAX_BINDINGS = 64
+"""Blocks of slots whose bindings and graphs are kept; the one not used for longest goes."""
+
+
+@dataclass(slots=True)
+class _Block:
+    """A block of slots that was run."""
+
+    binding: Any
+    graph: int
+    """Its number; it is captured in the second run."""
+    runs: int = 0
+
+
+class Decoder:
+    """Runs decode steps of blocks of slots.
+
+    Args:
+        seam: CUDA and ONNX Runtime.
+        graph: The decode graph.
+        stream: What it runs on.
+        buffers: Device inputs and logits.
+        cache: Whose slots they are; when its buffers move, `forget` must have been called.
+        chosen: Where tokens go that the device chooses; None where the graph chooses none.
+        binder: Binds a call.
+    """
+
+    def __init__(
+        self,
+        seam: CudaSeam,
+        graph: LoweredGraph,
+        stream: int,
+        buffers: CallBuffers,
+        cache: DeviceKVCache,
+        chosen: ChosenTokens | None,
+        binder: CallBinder,
+    ) -> None:
+        self._seam, self._graph, self._stream = seam, graph, stream
+        self._buffers, self._cache, self._chosen, self._binder = buffers, cache, chosen, binder
+        self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
+        self._numbers = count(1)
+
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs captured now."""
+        return sum(block.runs > 1 for block in self._blocks.values())
+
+    def run(self, first: int, rows: int, staging: DecodeStaging, *, choose: bool) -> None:
+        """Queue a step of slots first..first+rows-1, whose inputs are staged.
+
+        Args:
+            first: The first slot.
+            rows: How many.
+            staging: Inputs; the logits are there when the stream is synchronised.
+            choose: Bring the tokens that the device chose, and not the logits.
+        """
+        block = self._block(first, rows)
+        seam, stream, buffers = self._seam, self._stream, self._buffers
+        input_ids, past_lengths, logits = staging.addresses(first)
+        seam.to_device(buffers.input_ids, input_ids, rows * ID_BYTES, stream)
+        seam.to_device(buffers.past_lengths, past_lengths, rows * ID_BYTES, stream)
+        # A block met once may never come again, and capturing costs several steps.
+        number = block.graph if block.runs else NO_GRAPH
+        try:
+            seam.run(self._graph.session, block.binding, stream, number)
+        except BaseException:
+            if block.runs == 1:
+                # What was captured of it is not known, so its number is spent.
+                block.graph, block.runs = next(self._numbers), 0
+            raise
+        block.runs += 1
+        if choose and self._chosen is not None:
+            target = self._chosen.address(first)
+            seam.to_host(target, self._chosen.device, rows * ID_BYTES, stream)
+        else:
+            seam.to_host(logits, buffers.logits, rows * staging.logits_bytes, stream)
+
+    def forget(self) -> None:
+        """Destroy all bindings and graphs: addresses in them are about to change.
+
+        Nothing may be pending.
+        """
+        while self._blocks:
+            self._drop(self._blocks.popitem()[1])
+
+    def _block(self, first: int, rows: int) -> _Block:
+        key = (first, rows)
+        block = self._blocks.get(key)
+        if block is None:
+            if len(self._blocks) >= MAX_BINDINGS:
+                # It may still be running, for another block of the same step.
+                self._seam.synchronise(self._stream)
+                self._drop(self._blocks.popitem(last=False)[1])
+            # A graph keeps what the host reads when it is captured: the longest row there can be.
+            total = self._cache.capacity
+            binding = self._binder.bind(self._graph, first, rows, 1, 1, total)
+            block = self._blocks[key] = _Block(binding, next(self._numbers))
+        self._blocks.move_to_end(key)
+        return block
+
+    def _drop(self, block: _Block) -> None:
+        if block.runs > 1:
+            self._seam.release_graph(self._graph.session, block.graph)
