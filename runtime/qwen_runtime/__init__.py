@@ -14,11 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from qwen_runtime.async_llm import AsyncLLM
+    from qwen_runtime.async_stream import AsyncTextStream
     from qwen_runtime.bundle import Bundle
+    from qwen_runtime.engine.stats import EngineStats
     from qwen_runtime.errors import (
         BackendError,
         BundleError,
         CapacityError,
+        EngineClosedError,
+        QueueFullError,
         QwenRuntimeError,
         RequestError,
     )
@@ -32,12 +37,17 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AssistedStatistics",
+    "AsyncLLM",
+    "AsyncTextStream",
     "BackendError",
     "BatchOutput",
     "Bundle",
     "BundleError",
     "CapacityError",
+    "EngineClosedError",
+    "EngineStats",
     "GenerationConfig",
+    "QueueFullError",
     "QwenRuntimeError",
     "RequestError",
     "RequestOutput",
@@ -51,6 +61,9 @@ __all__ = [
 _MODULES = {
     "LLM": "llm",
     "AssistedStatistics": "generation.candidates",
+    "AsyncLLM": "async_llm",
+    "AsyncTextStream": "async_stream",
+    "EngineStats": "engine.stats",
     "Bundle": "bundle",
     "GenerationConfig": "generation_config",
     "BatchOutput": "outputs",

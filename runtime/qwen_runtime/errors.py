@@ -3,6 +3,8 @@
 QwenRuntimeError
 ├── RequestError (also ValueError)     an argument of a request is wrong; .param names it
 │   └── CapacityError                  a request is larger than a limit of the bundle or queue
+│       ├── QueueFullError             as many requests wait as may; try again later
+│       └── EngineClosedError          the service takes no more requests
 ├── BundleError                        a bundle's files are missing, damaged or refused; .path
 └── BackendError                       the engine below (ONNX Runtime, ...) failed
 """
@@ -11,7 +13,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["BackendError", "BundleError", "CapacityError", "QwenRuntimeError", "RequestError"]
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CapacityError",
+    "EngineClosedError",
+    "QueueFullError",
+    "QwenRuntimeError",
+    "RequestError",
+]
 
 
 class QwenRuntimeError(Exception):
@@ -32,6 +42,14 @@ class RequestError(QwenRuntimeError, ValueError):
 
 class CapacityError(RequestError):
     """A request asks for more tokens, rows or room than a limit allows."""
+
+
+class QueueFullError(CapacityError):
+    """As many requests wait as may; the same request may be accepted later."""
+
+
+class EngineClosedError(CapacityError):
+    """The service is drained or closed and takes no more requests."""
 
 
 class BundleError(QwenRuntimeError):

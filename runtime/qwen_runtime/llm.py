@@ -13,19 +13,26 @@ from typing import Any, Literal, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.registry import check_backend, open_runner
+from qwen_runtime.backends.registry import DEVICES, check_backend, open_runner
 from qwen_runtime.bundle import Bundle
-from qwen_runtime.engine import KEPT_SLOTS, EngineDriver, Model
-from qwen_runtime.errors import CapacityError, RequestError
+from qwen_runtime.calls import prepare_generation, prepare_stream
+from qwen_runtime.engine import KEPT_SLOTS, EngineDriver, EngineLimits, EngineStats
+from qwen_runtime.engine.limits import (
+    IDLE_CHUNK_SIZE,
+    MAX_NUM_SEQS,
+    MAX_QUEUED_REQUESTS,
+    PREFILL_CHUNK_SIZE,
+)
+from qwen_runtime.errors import CapacityError, QueueFullError, RequestError
 from qwen_runtime.generation.base import IntArray
-from qwen_runtime.generation.candidates import require_same_vocabulary
-from qwen_runtime.generation.modes import Call, Draft, Machine, Modes, draft_settings
+from qwen_runtime.generation.modes import Modes
 from qwen_runtime.generation.rows import TokenStreamer
 from qwen_runtime.generation.stopping import StoppingCriterion
 from qwen_runtime.generation_config import GenerationConfig
 from qwen_runtime.inputs import Message, PromptReader
+from qwen_runtime.manifest import Manifest
+from qwen_runtime.memory import available_bytes
 from qwen_runtime.outputs import BatchOutput
-from qwen_runtime.results import batch_output, request_outputs
 from qwen_runtime.sampling import ProcessorCallable
 from qwen_runtime.streaming import TextStream
 from qwen_runtime.text import ChatTemplate, Tokenizer
@@ -42,7 +49,9 @@ class LLM:
 
     Args:
         bundle: The bundle's folder, or an opened bundle.
-        device: "cpu" for "onnxruntime", "cuda" for "tensorrt"; None for the backend's own.
+        device: "cpu" or "cuda" for "onnxruntime", "cuda" for "tensorrt"; None for the backend's
+            first. With "cuda" ONNX Runtime runs the bundle's graphs for CUDA, which are proved
+            against its reference when they are first loaded on a GPU.
         backend: "onnxruntime", or "tensorrt" for an engine in the bundle, which is proved against
             the bundle's reference when it is first loaded on a GPU.
         threads: Threads for one operator on the CPU; None for one per core.
@@ -50,6 +59,18 @@ class LLM:
             prompts with the same beginning are computed only from there on. Results are the same,
             bit for bit. Each takes the memory of one more running request; 0 keeps none and
             computes every prompt whole.
+        max_num_seqs: Rows that run at once; other requests wait, in the order they came in. A
+            call of `generate` that needs more rows by itself runs when nothing else does.
+        max_queued_requests: Requests that may wait. Further ones are refused with
+            `QueueFullError`; the prompts of one call of `generate`, whose caller waits for them,
+            are accepted together.
+        max_cache_tokens: Tokens that running rows may come to hold, all taken to be as long as the
+            longest (prompt and ``max_new_tokens``). None on the CPU: what half of the memory holds
+            that is free now; on a GPU: no limit but what the engine can hold.
+        prefill_chunk_size: Tokens of prompts that run between two steps of running rows, an even
+            number: what rows wait while others' prompts are computed. From 24 rows on the CPU
+            takes twice as many, and so on; results are the same there. None takes 32 on the CPU,
+            512 on a GPU.
 
     Raises:
         BundleError: If the folder is no sound bundle.
@@ -65,9 +86,17 @@ class LLM:
         backend: Literal["onnxruntime", "tensorrt"] = "onnxruntime",
         threads: int | None = None,
         prefix_cache_slots: int = KEPT_SLOTS,
+        max_num_seqs: int = MAX_NUM_SEQS,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
+        max_cache_tokens: int | None = None,
+        prefill_chunk_size: int | None = None,
     ) -> None:
         _check_prefix_cache_slots(prefix_cache_slots)
         check_backend(backend, device, threads)
+        on_cpu = (device or DEVICES[backend][0]) == "cpu"
+        limits = _limits(
+            on_cpu, max_num_seqs, max_queued_requests, max_cache_tokens, prefill_chunk_size
+        )
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         manifest = self.bundle.manifest
         self.tokenizer: Tokenizer | None = None
@@ -99,7 +128,9 @@ class LLM:
         self._modes = Modes(fitting, self.tokenizer)
         # Comparing vocabularies takes a while: once for each draft.
         self._known_drafts: weakref.WeakSet[LLM] = weakref.WeakSet()
-        self._engine = EngineDriver(runner, kept_slots=prefix_cache_slots)
+        if on_cpu and max_cache_tokens is None:
+            limits = dataclasses.replace(limits, max_cache_tokens=_affordable_tokens(fitting))
+        self._engine = EngineDriver(runner, kept_slots=prefix_cache_slots, limits=limits)
 
     @overload
     def generate(
@@ -167,46 +198,35 @@ class LLM:
         Raises:
             RequestError: If an argument is wrong or unknown; it names it.
             CapacityError: If prompt and new tokens do not fit.
+            QueueFullError: If as many requests wait as may.
             BackendError: If the engine fails.
         """
-        _check_cancel(cancel)
-        call = self._call(
+        prepared = prepare_generation(
+            self,
+            prompt,
             generation_config,
-            kwargs,
-            assistant_model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
             streamer=streamer,
+            assistant_model=assistant_model,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            cancel=cancel,
+            **kwargs,
         )
-        array = _array_form(prompt, input_ids, attention_mask)
-        if array is not None:
-            self._inputs.refuse_template_arguments("an array", tools, chat_template_kwargs)
-            machine = self._modes.for_batch(array, attention_mask, call)
-            self._run([machine], assistant_model, cancel)
-            return batch_output(machine.generation, self.tokenizer)
-        prompts, many = self._inputs.read(
-            prompt, tools=tools, template_kwargs=chat_template_kwargs or {}
-        )
-        if prompt is None:
-            self._inputs.refuse_template_arguments("no prompt", tools, chat_template_kwargs)
-            prompts = [self._modes.bos_prompt(call)]
-        if streamer is not None and len(prompts) > 1:
-            raise RequestError(
-                f"a streamer follows one prompt, got a list of {len(prompts)}; stream each by "
-                "itself",
-                param="streamer",
-            )
-        machines = self._modes.for_prompts(prompts, call)
-        self._run(machines, assistant_model, cancel)
-        outputs = [
-            output
-            for machine in machines
-            for output in request_outputs(machine.generation, self.tokenizer)
-        ]
-        return outputs if many or len(outputs) > 1 else outputs[0]
+        try:
+            self._engine.drain(prepared.requests())
+        except QueueFullError:
+            raise
+        except CapacityError as error:
+            prepared.name_setting(error)
+            raise
+        return prepared.collect()
 
     def stream(
         self,
@@ -233,39 +253,27 @@ class LLM:
             An iterator over text pieces: whole characters only, joined they are
             ``stream.output.text``.
         """
-        prompts, many = self._inputs.read(
-            prompt, tools=tools, template_kwargs=chat_template_kwargs or {}
-        )
-        if many or not prompts:
-            raise RequestError(
-                f"stream takes one prompt, got {len(prompts) or None}; stream each by itself",
-                param="prompt",
-            )
-        call = self._call(
+        prepared = prepare_stream(
+            self,
+            prompt,
             generation_config,
-            kwargs,
-            assistant_model,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            assistant_model=assistant_model,
             negative_prompt_ids=negative_prompt_ids,
             negative_prompt_attention_mask=negative_prompt_attention_mask,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            cancel=cancel,
+            **kwargs,
         )
-        machine = self._modes.for_prompts(prompts, call)[0]
-        for name in ("num_beams", "num_return_sequences"):
-            number = getattr(machine.generation.config, name)
-            if number > 1:
-                raise RequestError(
-                    f"stream gives one sequence as it grows, got {name}={number}; use generate",
-                    param=name,
-                )
-        _check_cancel(cancel)
-        cancel = cancel or threading.Event()
+        (request,) = prepared.requests()
         return TextStream(
-            machine.generation,
+            prepared.machines[0].generation,
             self.tokenizer,
-            lambda: self._engine.run(machine.decoding, _lent(machine, assistant_model), cancel),
-            cancel,
+            lambda: self._engine.run(request),
+            request.cancel,
             self._engine.settle,
         )
 
@@ -288,6 +296,20 @@ class LLM:
             raise RequestError("encode takes one prompt", param="prompt")
         return prompts[0]
 
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._max_context
+
+    def stats(self) -> EngineStats:
+        """What the engine is at and has done; cheap, from any thread."""
+        return self._engine.stats()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can generate: it is open, and the thread of background requests has not died."""
+        return self._engine.alive
+
     def close(self) -> None:
         """Release the engine; the object cannot generate afterwards."""
         self._engine.close()
@@ -303,61 +325,6 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _call(
-        self,
-        generation_config: GenerationConfig | None,
-        kwargs: Mapping[str, Any],
-        assistant_model: LLM | None,
-        **arguments: Any,
-    ) -> Call:
-        return Call(
-            generation_config=generation_config,
-            defaults=self.generation_config,
-            kwargs=kwargs,
-            draft=None if assistant_model is None else self._draft(assistant_model),
-            **arguments,
-        )
-
-    def _draft(self, assistant: LLM) -> Draft:
-        if not isinstance(assistant, LLM):
-            raise RequestError(
-                f"assistant_model must be an LLM, got {type(assistant).__name__}; open the draft's "
-                "bundle first",
-                param="assistant_model",
-            )
-        if assistant not in self._known_drafts:
-            ours, theirs = (of.bundle.manifest.model.vocab_size for of in (self, assistant))
-            require_same_vocabulary(ours, theirs, self.tokenizer, assistant.tokenizer)
-            self._known_drafts.add(assistant)
-        settings = draft_settings(assistant.generation_config, assistant._max_context)
-
-        def remember(length: int) -> None:
-            assistant.generation_config = dataclasses.replace(
-                assistant.generation_config, num_assistant_tokens=length
-            )
-
-        heuristic = settings.num_assistant_tokens_schedule == "heuristic"
-        return Draft(settings, remember if heuristic else None)
-
-    def _run(
-        self, machines: Sequence[Machine], assistant: LLM | None, cancel: threading.Event | None
-    ) -> None:
-        try:
-            self._engine.drain(
-                [machine.decoding for machine in machines], _lent(machines[0], assistant), cancel
-            )
-        except CapacityError as error:
-            # Lengths were checked before, so it is about the number of rows.
-            if error.param is None:
-                error.param = _setting_of_rows(machines[0])
-            raise
-
-
-def _setting_of_rows(machine: Machine) -> str | None:
-    """The setting that makes several rows of one prompt."""
-    names = ("num_beams", "num_return_sequences")
-    return next((n for n in names if getattr(machine.generation.config, n) > 1), None)
-
 
 def _check_prefix_cache_slots(count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
@@ -367,30 +334,20 @@ def _check_prefix_cache_slots(count: object) -> None:
         )
 
 
-def _check_cancel(cancel: object) -> None:
-    if cancel is not None and not isinstance(cancel, threading.Event):
-        raise RequestError(
-            f"cancel must be a threading.Event, got {type(cancel).__name__}", param="cancel"
-        )
+def _limits(
+    on_cpu: bool, num_seqs: int, queued: int, tokens: int | None, chunk: int | None
+) -> EngineLimits:
+    if chunk is None:
+        chunk = PREFILL_CHUNK_SIZE if on_cpu else IDLE_CHUNK_SIZE
+    limits = EngineLimits(num_seqs, queued, chunk, max_cache_tokens=tokens)
+    # On the CPU cuts change no bit; what other kernels do depends on sizes.
+    idle = max(IDLE_CHUNK_SIZE, chunk) if on_cpu else chunk
+    return dataclasses.replace(limits, idle_chunk_size=idle)
 
 
-def _lent(machine: Machine, assistant: LLM | None) -> Model | None:
-    """The model that a state machine drafts with."""
-    return assistant._engine.model if assistant is not None and machine.drafts else None
-
-
-def _array_form(
-    prompt: object, input_ids: npt.ArrayLike | None, attention_mask: npt.ArrayLike | None
-) -> npt.ArrayLike | None:
-    if input_ids is not None:
-        if prompt is not None:
-            raise RequestError("pass the prompt or input_ids, not both", param="input_ids")
-        return input_ids
-    if isinstance(prompt, np.ndarray) and prompt.ndim == 2:
-        return prompt
-    if attention_mask is not None:
-        raise RequestError(
-            "attention_mask belongs to an array of ids [rows, length]; pass input_ids with it",
-            param="attention_mask",
-        )
-    return None
+def _affordable_tokens(manifest: Manifest) -> int:
+    """Tokens of KV cache in half of the memory that is free: one row of full length at least."""
+    model = manifest.model
+    values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    token_bytes = values * np.dtype(np.float32).itemsize
+    return max(manifest.max_context, available_bytes() // 2 // token_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,7 +18,7 @@ from qwen_runtime.text import (
     Tokenizer,
 )
 
-__all__ = ["StreamChunk", "TextStream"]
+__all__ = ["ChunkReader", "StreamChunk", "TextStream"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +47,15 @@ class TextStream:
         decoding: Generation,
         tokenizer: Tokenizer | None,
         run: Callable[[], Iterator[None]],
-        cancel: threading.Event,
+        cancel: Callable[[], None],
         settle: Callable[[], None],
     ) -> None:
-        if tokenizer is None:
-            raise RequestError(
-                "a stream gives text, but this bundle has no tokenizer; use generate",
-                param="prompt",
-            )
+        reader = ChunkReader(decoding, tokenizer)
         self._decoding = decoding
         self._cancel = cancel
         self._settle = settle
-        self._tokenizer = tokenizer
-        self._chunks = _read(decoding, self._make_detokenizer(), run())
+        self._tokenizer = reader.tokenizer
+        self._chunks = _read(reader, run())
 
     @property
     def token_ids(self) -> list[int]:
@@ -91,7 +86,7 @@ class TextStream:
 
     def cancel(self) -> None:
         """End the stream within one step; may be called from any thread."""
-        self._cancel.set()
+        self._cancel()
 
     def close(self) -> None:
         """Cancel what has not been generated; for the thread that reads the stream."""
@@ -111,34 +106,60 @@ class TextStream:
     ) -> None:
         self.close()
 
-    def _make_detokenizer(self) -> IncrementalDetokenizer | StoppingDetokenizer:
-        prompt = self._decoding.prompt_tokens(0).tolist()
-        stop = self._decoding.config.stop
-        if not stop:
-            return IncrementalDetokenizer(self._tokenizer, True)
-        matcher = StopStringMatcher(self._tokenizer, stop)
-        return StoppingDetokenizer(self._tokenizer, matcher, context_ids=prompt)
+
+class ChunkReader:
+    """What a request's steps have brought since it was last asked.
+
+    Args:
+        generation: The request.
+        tokenizer: Its text's; None is refused.
+
+    Raises:
+        RequestError: If there is no tokenizer.
+    """
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None:
+            raise RequestError(
+                "a stream gives text, but this bundle has no tokenizer; use generate",
+                param="prompt",
+            )
+        self.tokenizer = tokenizer
+        self._row = generation.rows[0]
+        self._seen = 0
+        self._detokenizer = _detokenizer(generation, tokenizer)
+
+    def read(self, count: int | None = None, *, ending: bool = False) -> StreamChunk:
+        """The next chunk.
+
+        Args:
+            count: Tokens that are there, where more may be on their way just now; None for all.
+            ending: Whether no more will come.
+        """
+        ids = self._row.token_ids[self._seen : count]
+        logprobs = self._row.logprobs[self._seen : count]
+        self._seen += len(ids)
+        text = self._detokenizer.push(ids)
+        return StreamChunk(text + (self._detokenizer.flush() if ending else ""), ids, logprobs)
 
 
-def _read(
-    decoding: Generation,
-    detokenizer: IncrementalDetokenizer | StoppingDetokenizer,
-    steps: Iterator[None],
-) -> Generator[StreamChunk]:
+def _detokenizer(
+    generation: Generation, tokenizer: Tokenizer
+) -> IncrementalDetokenizer | StoppingDetokenizer:
+    stop = generation.config.stop
+    if not stop:
+        return IncrementalDetokenizer(tokenizer, True)
+    matcher = StopStringMatcher(tokenizer, stop)
+    return StoppingDetokenizer(
+        tokenizer, matcher, context_ids=generation.prompt_tokens(0).tolist()
+    )
+
+
+def _read(reader: ChunkReader, steps: Iterator[None]) -> Generator[StreamChunk]:
     """What every step brings. Holds no stream, so that a forgotten one is freed at once."""
-    row, seen = decoding.rows[0], 0
-
-    def chunk(ending: bool) -> StreamChunk:
-        nonlocal seen
-        ids, logprobs = row.token_ids[seen:], row.logprobs[seen:]
-        seen += len(ids)
-        return StreamChunk(
-            detokenizer.push(ids) + (detokenizer.flush() if ending else ""), ids, logprobs
-        )
-
     for _ in steps:
-        yield chunk(ending=False)
+        yield reader.read()
     # Steps of other requests may have carried this one to its end since it was last read.
-    last = chunk(ending=True)
+    last = reader.read(ending=True)
     if last.text or last.token_ids:
         yield last

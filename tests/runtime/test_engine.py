@@ -204,3 +204,27 @@ def test_streams_read_in_any_order_do_not_depend_on_it(
             texts[index] += next(streams[index], "")
 
     assert [texts[index] for index in range(5)] == alone
+
+
+def test_row_that_outgrows_the_memory_fails_and_the_others_go_on() -> None:
+    class Narrow(CountingRunner):
+        def allocate(self, slots: int, capacity: int) -> None:
+            if capacity > 20:
+                raise CapacityError(f"{capacity} tokens")
+            super().allocate(slots, capacity)
+
+        def grow(self, capacity: int) -> None:
+            self.allocate(self.num_slots, capacity)
+
+    engine = Engine(Narrow(), kept_slots=0)
+    long, *others = (engine.submit(Machine(1, [1] * length, 12)) for length in (15, 1, 3, 6))
+    tall = engine.submit(Machine(1, [1] * 40, 3))
+    while engine.num_requests:
+        engine.step()
+
+    assert isinstance(long.error, CapacityError)
+    assert isinstance(tall.error, CapacityError)
+    for request in others:
+        assert request.error is None
+        assert request.decoding.tokens == expected(request.decoding)
+    assert engine.num_used_slots == 0

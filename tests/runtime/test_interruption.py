@@ -234,3 +234,54 @@ def test_interruption_of_one_thread_leaves_the_others_their_answers(
 
     assert shared.is_set()
     assert outputs == [expected_output]
+
+
+def test_prompt_interrupted_after_its_call_is_run_again_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Strict(CountingRunner):
+        def prefill(self, slots: Any, tokens: Any, past: Any, want: Any) -> Any:
+            assert all(len(new) for new in tokens)
+            return super().prefill(slots, tokens, past, want)
+
+    engine = Engine(Strict())
+    request = engine.submit(Machine(2, [1, 2, 3], 5))
+    run = engine._run
+
+    def interrupted(batch: Any) -> None:
+        run(batch)
+        monkeypatch.setattr(engine, "_run", run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    while engine.num_requests:
+        engine.step()
+
+    assert request.error is None
+    assert request.decoding.tokens == expected(request.decoding)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_request_of_another_thread_is_not_lost_when_taking_it_in_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    engine = Engine(CountingRunner())
+    request = engine.submit(Machine(1, [1, 2], 4))
+    add = engine._scheduler.add
+
+    def interrupted(asked: Any) -> None:
+        if when == "after":
+            add(asked)
+        monkeypatch.setattr(engine._scheduler, "add", add)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._scheduler, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    while engine.num_requests:
+        engine.step()
+
+    assert request.done.is_set()
+    assert request.decoding.tokens == expected(request.decoding)

@@ -3,32 +3,49 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from qwen_runtime.backends.base import ModelRunner
-from qwen_runtime.engine.engine import Engine, Request
+from qwen_runtime.engine.engine import Engine
+from qwen_runtime.engine.fair_lock import FairLock
+from qwen_runtime.engine.limits import EngineLimits
 from qwen_runtime.engine.models import Model
 from qwen_runtime.engine.prefix import KEPT_SLOTS
+from qwen_runtime.engine.pump import Pump
+from qwen_runtime.engine.request import Request
+from qwen_runtime.engine.stats import EngineStats
 from qwen_runtime.errors import BackendError
-from qwen_runtime.generation.base import Decoding
 
 __all__ = ["EngineDriver"]
 
 
 class EngineDriver:
-    """Submits requests and steps the engine; any thread's step serves the requests of all.
+    """Submits requests and sees to it that the engine steps, one thread at a time.
+
+    A step serves the requests of all. Who waits for a request (`drain`, `run`) steps, in turns with
+    others; requests that nobody waits for (`submit`) are the engine's own thread's.
 
     Args:
         runner: What executes the graphs; closed with the driver.
         kept_slots: See `Model`.
+        limits: How much runs at once and may wait.
     """
 
-    def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
-        self._engine = Engine(runner, kept_slots=kept_slots)
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        kept_slots: int = KEPT_SLOTS,
+        limits: EngineLimits | None = None,
+    ) -> None:
+        self._engine = Engine(runner, kept_slots=kept_slots, limits=limits)
         # Taken again by a thread whose callback uses the engine inside of a step.
-        self._lock = threading.RLock()
+        self._lock = FairLock()
         self._busy = False
+        self._pump = Pump(self._step_for_background, "qwen-engine")
+        weakref.finalize(self, self._pump.stop)
 
     @property
     def model(self) -> Model:
@@ -40,29 +57,42 @@ class EngineDriver:
         """Requests that are not done."""
         return self._engine.num_requests
 
-    def drain(
-        self,
-        decodings: Sequence[Decoding],
-        draft: Model | None = None,
-        cancel: threading.Event | None = None,
-    ) -> None:
-        """Run state machines until all are done; cancel them if that is interrupted.
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served: not closed, and the engine's thread has not died."""
+        return not self._engine.model.closed and self._pump.alive
+
+    def stats(self) -> EngineStats:
+        """What the engine is at and has done; from any thread, waits for nothing."""
+        return self._engine.stats()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Have the engine's own thread run requests; returns at once.
 
         Args:
-            decodings: The state machines.
-            draft: The model that their draft steps run on.
-            cancel: Finishes them within one step when another thread sets it.
+            requests: Made with ``background``.
+
+        Raises:
+            QueueFullError: If too many wait.
+            CapacityError: If one can never run.
+            BackendError: If the engine is closed, or its thread has died.
+        """
+        if not self._engine.model.closed and not self._pump.alive:
+            raise BackendError("the engine's thread has died; open the bundle again")
+        self._add(requests)
+        self._pump.wake()
+
+    def drain(self, requests: Sequence[Request]) -> None:
+        """Run requests until all are done; cancel them if that is interrupted.
 
         Raises:
             BackendError: If the engine fails, or is closed.
             Exception: What a caller's processor, criterion or streamer raised.
         """
-        requests = [Request(decoding, draft=draft) for decoding in decodings]
         try:
-            self._submit(requests)
+            self._add(requests)
             while not all(request.done.is_set() for request in requests):
                 with self._entered():
-                    _pass_on(cancel, requests)
                     if not all(request.done.is_set() for request in requests):
                         self._step()
                 _raise_first(requests)
@@ -72,33 +102,20 @@ class EngineDriver:
             self.settle()
             raise
 
-    def run(
-        self,
-        decoding: Decoding,
-        draft: Model | None = None,
-        cancel: threading.Event | None = None,
-    ) -> Iterator[None]:
-        """Run one state machine and give back control after each of its steps.
+    def run(self, request: Request) -> Iterator[None]:
+        """Run one request and give back control after each of its steps.
 
-        Closing the iterator cancels it. Arguments and errors are those of `drain`.
+        Closing the iterator cancels it. Errors are those of `drain`.
         """
-        steps = 0
-
-        def count() -> None:
-            nonlocal steps
-            steps += 1
-
-        request = Request(decoding, count, draft)
         seen = 0
         try:
-            self._submit([request])
+            self._add([request])
             while not request.done.is_set():
                 with self._entered():
-                    _pass_on(cancel, [request])
-                    if steps == seen and not request.done.is_set():
+                    if request.num_steps == seen and not request.done.is_set():
                         self._step()
-                if steps != seen:
-                    seen = steps
+                if request.num_steps != seen:
+                    seen = request.num_steps
                     yield
         finally:
             # The collector may have come here, in the middle of anything this thread does: it
@@ -114,26 +131,26 @@ class EngineDriver:
         self._settle(wait=not _thread.depth)
 
     def close(self) -> None:
-        """Release the runner; requests fail afterwards. Safe to call twice."""
+        """Release the runner; requests fail, now and afterwards. Safe to call twice."""
         with self._entered():
             self._engine.model.close()
+            self._engine.fail_background(BackendError("the LLM is closed; open the bundle again"))
+        self._pump.stop(wait=True)
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
         """Hold the lock, and let finalisers know that this thread is inside an engine."""
-        _thread.depth += 1
-        try:
-            with self._lock:
+        with _inside():
+            depth = self._lock.depth
+            try:
+                self._lock.acquire()
                 yield
-        finally:
-            _thread.depth -= 1
+            finally:  # also of an interruption right after it was taken
+                self._lock.release_to(depth)
 
-    def _submit(self, requests: Sequence[Request]) -> None:
-        with self._entered():
-            if self._engine.model.closed:
-                raise BackendError("the LLM is closed; open the bundle again")
-            for request in requests:
-                self._engine.add(request)
+    def _add(self, requests: Sequence[Request]) -> None:
+        with _inside():
+            self._engine.add(requests)
 
     @staticmethod
     def _cancel(requests: Sequence[Request]) -> None:
@@ -142,15 +159,25 @@ class EngineDriver:
                 request.cancel()
 
     def _settle(self, *, wait: bool) -> None:
-        if not self._lock.acquire(blocking=wait):
-            return  # whoever steps retires them
-        _thread.depth += 1
-        try:
-            if not self._busy:
-                self._work(self._engine.retire_cancelled)
-        finally:
-            _thread.depth -= 1
-            self._lock.release()
+        with _inside():
+            depth = self._lock.depth
+            try:
+                # Where it is not to wait, whoever steps retires them.
+                if self._lock.acquire(blocking=wait) and not self._busy:
+                    self._work(self._engine.retire_cancelled)
+            finally:
+                self._lock.release_to(depth)
+
+    def _step_for_background(self) -> bool:
+        """A step, if a request needs one that nobody waits for."""
+        with self._entered():
+            if not self._engine.has_background:
+                return False
+            try:
+                self._step()
+            except BaseException as error:  # noqa: BLE001 - a bug of ours must not leave them waiting for ever
+                self._engine.fail_background(error)
+        return True
 
     def _step(self) -> None:
         self._work(self._engine.step)
@@ -174,13 +201,16 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+@contextmanager
+def _inside() -> Iterator[None]:
+    _thread.depth += 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
+
+
 def _raise_first(requests: Sequence[Request]) -> None:
     for request in requests:
         if request.error is not None:
             raise request.error
-
-
-def _pass_on(cancel: threading.Event | None, requests: Sequence[Request]) -> None:
-    if cancel is not None and cancel.is_set():
-        for request in requests:
-            request.cancel()

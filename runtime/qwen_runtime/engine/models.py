@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from qwen_runtime.backends.base import FloatArray, ModelRunner
+import numpy as np
+
+from qwen_runtime.backends.base import ArgmaxRunner, FloatArray, ModelRunner
 from qwen_runtime.cache import rounded_capacity
+from qwen_runtime.engine.chunks import chunk_end
 from qwen_runtime.engine.prefix import KEPT_SLOTS, MIN_SHARED, PrefixCache, shared_length
 from qwen_runtime.engine.slots import SlotManager
 from qwen_runtime.errors import BackendError, CapacityError
@@ -25,6 +28,10 @@ class RowFeed:
     feed: Feed
     copies: Sequence[RowCopy] = ()
     """What to copy between the request's rows before the feed runs."""
+    start: int = 0
+    """Tokens of the feed that have run."""
+    chunk_size: int | None = None
+    """Where a prompt is cut; None runs it whole. See `chunk_end`."""
 
     @property
     def slot(self) -> int:
@@ -36,8 +43,11 @@ class RowFeed:
 class RowResult:
     """What a feed brought."""
 
-    logits: FloatArray
-    """[want, V]."""
+    logits: FloatArray | None
+    """[want, V], or [1, 0] where the feed's `TokenChoice` has the token; None where tokens of the
+    feed are still to run."""
+    progress: int
+    """Tokens of the feed that lie in the cache now."""
     num_cached: int = 0
     """Leading tokens that were not computed but taken from a slot that held them."""
 
@@ -59,6 +69,7 @@ class Model:
 
     def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
         self._runner = runner
+        self._argmax = runner if isinstance(runner, ArgmaxRunner) and runner.has_argmax else None
         self._slots = SlotManager()
         self._prefixes = PrefixCache(kept_slots)
         self._lock = threading.Lock()
@@ -197,59 +208,76 @@ class Model:
         for slot in self._prefixes.charge(self._kept(), 2 * rounded_capacity(longest)):
             self._drop(slot)
         self._make_room(partial(self._runner.grow, longest), longest)
-        logits = self._runner.decode(slots, [int(row.feed.tokens[0]) for row in rows])
+        tokens = [int(row.feed.tokens[0]) for row in rows]
+        choices = [row.feed.choice for row in rows if row.feed.choice is not None]
+        if self._argmax is not None and len(choices) == len(rows):
+            best = self._argmax.decode_argmax(slots, tokens)
+            for choice, token in zip(choices, best.tolist(), strict=True):
+                choice.token = token
+            return [RowResult(_CHOSEN, progress=1) for _ in rows]
+        logits = self._runner.decode(slots, tokens)
         # Another engine's call may come before these are read.
-        return [RowResult(row[None]) for row in (logits.copy() if self._num_borrowed else logits)]
+        kept = logits.copy() if self._num_borrowed else logits
+        return [RowResult(values[None], progress=1) for values in kept]
 
     def _prefill(self, rows: Sequence[RowFeed]) -> list[RowResult]:
-        """Run feeds; those that begin like another one only after it, with what they share."""
+        """Run a chunk of feeds; those that begin like another one only after all of it."""
         results: dict[int, RowResult] = {}
-        waiting = dict(enumerate(rows))
-        while waiting:
-            wave = self._independent(waiting)
+        waiting, unfinished = dict(enumerate(rows)), list[RowFeed]()
+        while wave := self._independent(waiting, unfinished):
             # Before anything is copied from kept slots, which may have to go.
             longest = max(row.feed.past + len(row.feed.tokens) for row in wave.values())
             self._make_room(partial(self._runner.grow, longest), longest)
-            past = [self._begin(row) for row in wave.values()]
-            tokens = [
-                row.feed.tokens[p - row.feed.past :]
-                for row, p in zip(wave.values(), past, strict=True)
-            ]
-            slots = [row.slot for row in wave.values()]
-            wants = [row.feed.want for row in wave.values()]
-            logits = self._runner.prefill(slots, tokens, past, wants)
-            for (index, row), new, held, values in zip(
-                wave.items(), tokens, past, logits, strict=True
-            ):
-                self._prefixes.wrote(row.slot, held, new)
-                results[index] = RowResult(values, held - row.feed.past)
+            starts = [self._begin(row) for row in wave.values()]
+            ends = [_end(row, start) for row, start in zip(wave.values(), starts, strict=True)]
+            spans = list(zip(wave.items(), starts, ends, strict=True))
+            logits = self._runner.prefill(
+                [row.slot for row in wave.values()],
+                [row.feed.tokens[start:end] for (_, row), start, end in spans],
+                [row.feed.past + start for (_, row), start, _ in spans],
+                [row.feed.want * _is_last(row, end) for (_, row), _, end in spans],
+            )
+            for ((index, row), start, end), values in zip(spans, logits, strict=True):
+                self._prefixes.wrote(row.slot, row.feed.past + start, row.feed.tokens[start:end])
+                last = _is_last(row, end)
+                found = 0 if row.start else start
+                results[index] = RowResult(values if last else None, end, found)
                 del waiting[index]
-        return [results[index] for index in range(len(rows))]
+                if not last:
+                    unfinished.append(row)
+        return [
+            results[index] if index in results else RowResult(None, rows[index].start)
+            for index in range(len(rows))
+        ]
 
-    def _independent(self, rows: dict[int, RowFeed]) -> dict[int, RowFeed]:
-        """Feeds that gain nothing by waiting for another of them."""
-        if not self._prefixes.max_slots or len(rows) == 1:
+    def _independent(
+        self, rows: dict[int, RowFeed], unfinished: Sequence[RowFeed]
+    ) -> dict[int, RowFeed]:
+        """Feeds that gain nothing by waiting for another of them, or for an unfinished one."""
+        if not self._prefixes.max_slots or len(rows) + len(unfinished) <= 1:
             return dict(rows)
         now: dict[int, RowFeed] = {}
-        leaders: dict[bytes, RowFeed] = {}
+        leaders = {_beginning(row): row for row in unfinished}
         for index, row in rows.items():
             limit = _reusable(row.feed)
-            if limit >= MIN_SHARED:
+            if limit >= MIN_SHARED and not row.start:
                 tokens = row.feed.tokens
-                leader = leaders.setdefault(tokens[:MIN_SHARED].tobytes(), row)
+                leader = leaders.setdefault(_beginning(row), row)
                 if leader is not row:
                     shared = min(shared_length(leader.feed.tokens, tokens), limit)
                     if shared >= self._prefixes.find(tokens, limit, near=row.slot)[1] + MIN_SHARED:
                         continue
+            elif row.start:
+                leaders.setdefault(_beginning(row), row)
             now[index] = row
         return now
 
     def _begin(self, row: RowFeed) -> int:
-        """Make a feed's slot ready; returns how many tokens of the row it then holds."""
+        """Make a feed's slot ready; returns how many of the feed's tokens it then holds."""
         limit = _reusable(row.feed)
-        if limit < MIN_SHARED:
-            self._truncate(row.slot, row.feed.past)
-            return row.feed.past
+        if limit < MIN_SHARED or row.start:
+            self._truncate(row.slot, row.feed.past + row.start)
+            return row.start
         source, length = self._prefixes.find(row.feed.tokens, limit, near=row.slot)
         if source == row.slot:
             self._truncate(row.slot, length)
@@ -282,9 +310,29 @@ class Model:
         self._prefixes.clear()
 
 
+_CHOSEN: FloatArray = np.empty((1, 0), np.float32)
+"""Logits of a feed whose token was chosen beside them."""
+
+
 def _reusable(feed: Feed) -> int:
     """How many tokens of a feed may come from another slot.
 
     Not the wanted positions, and one of two: computed alone the last token would differ in bits.
     """
     return 0 if feed.past else len(feed.tokens) - max(feed.want, 2)
+
+
+def _beginning(row: RowFeed) -> bytes:
+    return row.feed.tokens[:MIN_SHARED].tobytes()
+
+
+def _end(row: RowFeed, start: int) -> int:
+    """Where the chunk of a feed ends that begins at ``start``."""
+    length = len(row.feed.tokens)
+    if row.chunk_size is None:
+        return length
+    return chunk_end(start, length, row.feed.want, row.chunk_size)
+
+
+def _is_last(row: RowFeed, end: int) -> bool:
+    return end == len(row.feed.tokens)
