@@ -9,9 +9,9 @@ fi
 stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
 if [ ! -e "$stamp" ]; then
     [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-    echo "Installing into .venv (about a minute) ..." >&2
+    echo "Installing into .venv (a minute or two) ..." >&2
     if ! .venv/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt \
-        --editable '.[export,cpu,tensorrt-rtx,grammar,dev]' >.venv/install.log 2>&1; then
+        --editable '.[export,cpu,tensorrt-rtx,grammar,serve,ray,dev]' >.venv/install.log 2>&1; then
         tail -n 20 .venv/install.log >&2
         exit 1
     fi

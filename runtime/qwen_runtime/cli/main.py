@@ -19,6 +19,7 @@ from qwen_runtime.cli.options import (
     generation_options,
     settings_from,
 )
+from qwen_runtime.cli.serve import serve
 from qwen_runtime.cli.support import CONTEXT, json_option, print_json, reports
 from qwen_runtime.errors import QwenRuntimeError
 
@@ -176,6 +177,7 @@ def chat(bundle: Path, system: str | None, threads: int | None, **options: Any) 
 
 
 main.add_command(bench)
+main.add_command(serve)
 
 
 def _open(bundle: Path, threads: int | None) -> LLM:

@@ -16,6 +16,9 @@ __all__ = ["Tokenizer"]
 _MAX_TOKEN_ID = 2**32 - 1
 """Ids are unsigned 32-bit numbers in the ``tokenizers`` library."""
 
+_LONG_TEXT = 16_384
+"""Characters from which encoding takes so long, about 10 ms, that other threads must not wait."""
+
 
 def _byte_alphabet() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to the byte it stands for.
@@ -117,7 +120,10 @@ class Tokenizer:
             RequestError: If ``text`` is no string, or holds half of a surrogate pair.
         """
         _check_text(text)
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        if len(text) < _LONG_TEXT:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # Only batches are encoded without Python's lock: other threads go on meanwhile.
+        return list(self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts at once, in parallel where the machine allows it.
