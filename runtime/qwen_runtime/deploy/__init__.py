@@ -1,0 +1,1 @@
+"""Bundles on other projects' serving platforms; each module needs the platform it is named for."""
