@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=MAX_NUM_SEQS)
     parser.add_argument("--prefill-chunk-size", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--parts", nargs="+", default=["clients", "static", "pace"])
+    parts = ["clients", "static", "pace"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if os.getloadavg()[0] > 0.5:
@@ -61,6 +62,8 @@ def main() -> None:
         prefill_chunk_size=arguments.prefill_chunk_size,
         threads=arguments.threads,
     ) as llm:
+        if llm.tokenizer is None and "pace" in arguments.parts:
+            sys.exit(f"pace reads streams, which need a tokenizer; {arguments.bundle} has none")
         llm.generate(prompts(llm, [16])[0], max_new_tokens=8, **GREEDY)  # warm-up
         for part in arguments.parts:
             result |= asyncio.run(measure[part](AsyncLLM(llm), arguments))

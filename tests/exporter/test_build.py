@@ -14,7 +14,7 @@ from qwen_export import bundle
 from qwen_export.bundle import BuildOptions, build
 from qwen_export.checkpoint import open_checkpoint
 from qwen_export.errors import ParityError
-from qwen_export.parity import ladder
+from qwen_export.parity import ladder, places
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.manifest import ParitySummary
 
@@ -115,9 +115,9 @@ def test_runners_are_closed_when_a_case_raises(
     phase: str, golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed = []
-    close = ladder.OnnxRuntimeRunner.close
+    close = places.OnnxRuntimeRunner.close
 
-    def note(runner: ladder.OnnxRuntimeRunner) -> None:
+    def note(runner: places.OnnxRuntimeRunner) -> None:
         closed.append(runner)
         close(runner)
 
@@ -127,9 +127,9 @@ def test_runners_are_closed_when_a_case_raises(
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(ladder.OnnxRuntimeRunner, "close", note)
-    monkeypatch.setattr(ladder, "prefill_cases", broken if phase == "prefill" else cases)
-    monkeypatch.setattr(ladder, "decode_cases", broken)
+    monkeypatch.setattr(places.OnnxRuntimeRunner, "close", note)
+    monkeypatch.setattr(places, "prefill_cases", broken if phase == "prefill" else cases)
+    monkeypatch.setattr(places, "decode_cases", broken)
     opened = Bundle.open(golden_bundle("qwen2_tied"))
     with pytest.raises(RuntimeError, match="broken"):
         ladder.verify(opened, open_checkpoint(MODEL))
