@@ -1,8 +1,9 @@
 """What the KV cache costs and saves: limits, capacities, growth, and prompts that begin alike.
 
-    python benchmarks/kv.py [--shape Qwen2.5-0.5B --layers 4] [--cpu-time] [--json]
+    python benchmarks/kv.py [--shape Qwen2.5-0.5B --layers 4] [--precision int8] [--cpu-time] [--json]
 
-Without a shape it measures the embedded model. Two bundles of one checkpoint differ only in their
+Without a shape it measures the embedded model. fp32 runs the portable graph, whose attention costs by
+capacity, int8 and int4 the graph for the CPU, where it costs by length. Two bundles of one checkpoint differ only in their
 limit, 256 and 8,192 tokens: their decode steps are run in turn at the same length. Then one runner
 decodes at one length with more and more capacity, and grows: from both follows what each growth
 step costs per token. Last, two `LLM`s answer the same prompts in turn, one with reuse and one
@@ -35,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: the embedded model")
     parser.add_argument("--layers", type=int, help="fewer layers than published")
+    parser.add_argument("--precision", choices=("fp32", "int8", "int4"), default="fp32")
     parser.add_argument("--steps", type=int, default=40, help="decode steps per measurement")
     parser.add_argument("--runs", type=int, default=6)
     parser.add_argument("--length", type=int, default=1000, help="tokens held while growing")
@@ -53,9 +55,11 @@ def main() -> None:
         "clock": args.now.__name__,
         "model": args.shape or "embedded",
         "layers": args.layers or "all",
+        "precision": args.precision,
         "threads": args.threads,
     }
     with tempfile.TemporaryDirectory() as scratch:
+        os.environ["QWEN_EXPORT_CACHE"] = str(Path(scratch, "cache"))
         checkpoint = embedded_model()
         if args.shape:
             checkpoint = Path(scratch, "checkpoint")
@@ -64,7 +68,7 @@ def main() -> None:
         for limit in (256, 8192):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the embedded model was trained on less
-                options = BuildOptions(max_context=limit, verify=False)
+                options = BuildOptions(args.precision, max_context=limit, verify=False)
                 bundles.append(build(checkpoint, Path(scratch, str(limit)), options).path)
         result |= _limits(bundles, args)
         result |= _growth(bundles[1], args)
@@ -88,7 +92,7 @@ def _limits(bundles: list[Path], args: argparse.Namespace) -> dict[str, object]:
     for runner in runners:
         step(runner)
     measured = pairs(lambda: step(runners[0]), lambda: step(runners[1]), 90)
-    capacities = [runner.capacity for runner in runners]
+    capacities, graph = [runner.capacity for runner in runners], runners[0].graph
     for runner in runners:
         runner.close()
     return {
@@ -96,6 +100,7 @@ def _limits(bundles: list[Path], args: argparse.Namespace) -> dict[str, object]:
         "limit 8,192: ms/step": 1000 * statistics.median(pair[1] for pair in measured),
         "limit 8,192 / limit 256": median_ratio(measured),
         "capacities": capacities,
+        "graph": graph,
     }
 
 

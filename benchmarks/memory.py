@@ -3,8 +3,9 @@
     python benchmarks/memory.py --precision int8 int4
 
 Random weights. Each load runs in a process of its own: the first saves packed weights in a cache
-folder made for it, the second maps them, the third packs in memory. Then a prompt of 128 tokens and
-a few steps run. The KV cache is counted in every figure and listed beside them.
+folder made for it, the second maps them, the third packs in memory what the graph for the CPU takes,
+which it writes to a temporary file. Then a prompt of 128 tokens and a few steps run. The KV cache is
+counted in every figure and listed beside them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _build(checkpoint: Path, bundle: Path, precision: str) -> None:
     build(checkpoint, bundle, BuildOptions(precision=precision, max_context=4096, verify=False))
 
 
-def _measure(bundle: Path, cached: bool, threads: int) -> dict[str, float]:
+def _measure(bundle: Path, cached: bool, threads: int) -> dict[str, object]:
     from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
     from qwen_runtime.bundle import Bundle
 
@@ -78,6 +79,7 @@ def _measure(bundle: Path, cached: bool, threads: int) -> dict[str, float]:
         runner.decode([0], [token])
     after = memory()
     return {
+        "graph": runner.graph,
         "load (s)": load,
         "anonymous after load (MB)": loaded["anonymous"] - before["anonymous"],
         "anonymous in use (MB)": after["anonymous"] - before["anonymous"],

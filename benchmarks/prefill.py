@@ -5,7 +5,8 @@
 
 Without a bundle: products of the shapes of Qwen2.5-0.5B, in every form that keeps rows independent
 of their neighbours, and in CPU time of one thread, which other work on the machine disturbs least.
-With one: prefill under settings of session and runner, each paired with the default.
+With one: prefill under settings of session and runner, each paired with the default, and on the
+portable graph where the bundle has one for the CPU.
 """
 
 from __future__ import annotations
@@ -196,7 +197,12 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
     open_runner({}).close()  # packs what the others then map
     default = open_runner({})
     chunk = backend.PREFILL_CHUNK
+    portable = {}
+    if default.graph != bundle.manifest.graphs["prefill"].file:
+        open_runner({}, lowered=False).close()
+        portable = {"portable graph": lambda: (open_runner({}, lowered=False), chunk)}
     others: dict[str, Callable[[], tuple[backend.OnnxRuntimeRunner, int]]] = {
+        **portable,
         **{f"chunk {size}": lambda size=size: (default, size) for size in CHUNKS},
         **{
             name: lambda config=config: (open_runner(config), chunk)
@@ -204,7 +210,11 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
         },
         "exact": lambda: (open_runner({}, exact=True), chunk),
     }
-    result: dict[str, object] = {"bundle": str(args.bundle), "threads": args.threads}
+    result: dict[str, object] = {
+        "bundle": str(args.bundle),
+        "graph": default.graph,
+        "threads": args.threads,
+    }
     for name, prepare in others.items():
         runner, size = prepare()
         for length in args.prompts:

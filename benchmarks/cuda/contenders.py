@@ -22,6 +22,16 @@ __all__ = ["CONTENDERS", "available", "device_facts"]
 WARM_UP = 8
 _TORCH = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
+_GREEDY: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0}
+_SAMPLED: dict[str, Any] = {
+    "do_sample": True,
+    "seed": 0,
+    "repetition_penalty": 1.05,
+    "temperature": 0.7,
+    "top_k": 20,
+    "top_p": 0.8,
+}
+
 Contender = Callable[[Work, Path, Path], Measured]
 """Runs a work from a checkpoint, keeping what it builds in a folder."""
 
@@ -117,12 +127,13 @@ def _ours(work: Work, checkpoint: Path, folder: Path) -> Measured:
     caches *= 2 * work.batch * (work.past + work.steps + WARM_UP)
     size = bundle.manifest.files[bundle.manifest.weights.file].num_bytes
     weights = size if work.precision.startswith("int") else size // 2
-    generated = _generated_ms(bundle, work) if work.batch == 1 else None
-    return Measured(step_ms, prefill, generated, used, (weights + caches) / 1e6)
+    greedy, sampled = _generated_ms(bundle, work) if work.batch == 1 else (None, None)
+    held = (weights + caches) / 1e6
+    return Measured(step_ms, prefill, greedy, used, held, sampled_step_ms=sampled)
 
 
-def _generated_ms(bundle: Any, work: Work) -> float:
-    """A step of `LLM.generate`, by the difference between a long answer and a short one."""
+def _generated_ms(bundle: Any, work: Work) -> tuple[float, float]:
+    """A step of `LLM.generate`, greedy and sampled: a long answer less a short one."""
     from qwen_runtime import llm as module
 
     unproved = functools.partial(module.open_runner, proved=False)
@@ -133,16 +144,19 @@ def _generated_ms(bundle: Any, work: Work) -> float:
         module.open_runner = proved
     (prompt,) = _ids(bundle.manifest.model.vocab_size, 1, work.past).tolist()
 
-    def seconds(tokens: int) -> float:
+    def seconds(tokens: int, settings: dict[str, Any]) -> float:
         began = time.perf_counter()
-        opened.generate(prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+        opened.generate(prompt, max_new_tokens=tokens, eos_token_id=None, **settings)
         return time.perf_counter() - began
 
-    with opened:
-        seconds(WARM_UP)
+    def step_ms(settings: dict[str, Any]) -> float:
+        seconds(WARM_UP, settings)
         short, long = WARM_UP, work.steps + WARM_UP
-        pairs = [(seconds(short), seconds(long)) for _ in range(5)]
-    return statistics.median(second - first for first, second in pairs) / work.steps * 1e3
+        pairs = [(seconds(short, settings), seconds(long, settings)) for _ in range(5)]
+        return statistics.median(second - first for first, second in pairs) / work.steps * 1e3
+
+    with opened:
+        return step_ms(_GREEDY), step_ms(_SAMPLED)
 
 
 def _transformers(work: Work, checkpoint: Path, folder: Path, *, compiled: bool) -> Measured:

@@ -159,13 +159,17 @@ def _relative(figure: str, value: float, bound: float) -> dict[str, Any]:
 
 def _print_table(result: dict[str, Any]) -> None:
     print(f"{result['gpu']}, driver {result['driver']}, {result['gpu_memory']}")
-    print("| model | contender | ms/step | generate ms/step | prefill tok/s | device MB |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| model | contender | ms/step | generate ms/step | sampled ms/step | prefill tok/s "
+        "| device MB |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for row in result["rows"]:
         name = f"{row['model']} {row['precision']}, batch {row['batch']}"
         cells = [
             f"{row['step_ms']:.2f}",
             _cell(row["generate_step_ms"], ".2f"),
+            _cell(row["sampled_step_ms"], ".2f"),
             _cell(row["prefill_tokens_per_s"], ",.0f"),
             f"{row['device_mb']:,.0f}",
         ]

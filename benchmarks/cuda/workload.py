@@ -46,6 +46,8 @@ class Measured:
     """Device memory taken from before the load to after the last step."""
     weights_and_caches_mb: float | None
     note: str = ""
+    sampled_step_ms: float | None = None
+    """As `generate_step_ms`, with the sampling settings that Qwen2.5 ships."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,10 @@ class Runner:
     def __init__(self, path: Path, threads: int, capacity: int) -> None:
         self._runner = OnnxRuntimeRunner(Bundle.open(path), threads=threads)
         self.vocab_size = self._runner.limits.vocab_size
-        self.versions = {
-            name: metadata.version(name) for name in ("qwen-export", "onnxruntime", "numpy")
+        packages = ("qwen-export", "onnxruntime", "numpy")
+        # The graph for the CPU where the bundle has one.
+        self.versions = {"graph": self._runner.graph} | {
+            name: metadata.version(name) for name in packages
         }
 
     def prefill(self, ids: IntArray, room: int) -> FloatArray:

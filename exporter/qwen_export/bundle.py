@@ -37,7 +37,13 @@ from qwen_export.quantization import BLOCK_SIZES, METHODS, Method, Quantizer, ma
 from qwen_export.rotary import context_limit
 from qwen_export.sources import stored_names, tensor_sources
 from qwen_export.staging import install, require_absent, staging_folder
-from qwen_export.targets.add import add_target, check_targets
+from qwen_export.targets.add import (
+    CPU,
+    add_cpu_graph,
+    add_target,
+    check_precision,
+    check_targets,
+)
 from qwen_export.trace import Phase, trace
 from qwen_export.weights import Source, WeightsFile, bind_weights, write_weights
 from qwen_runtime.bundle import Bundle
@@ -78,7 +84,8 @@ class BuildOptions:
     """Patterns, as of a shell, of the weights that are stored in fp32 instead of quantised."""
     targets: tuple[str, ...] = ()
     """What to build into the bundle with default options: engines for "tensorrt-rtx" and
-    "tensorrt", graphs for "cuda"."""
+    "tensorrt", graphs for "cuda". "cpu" says that the graph for the CPU must be there, which int8
+    and int4 bundles have anyway, but for models that its operators do not take."""
 
     def __post_init__(self) -> None:
         _require_one_of("--precision", self.precision, PRECISIONS)
@@ -151,7 +158,8 @@ def build(
 
     Warns:
         UserWarning: If a quantised checkpoint becomes fp32 because no integers hold its weights
-            exactly.
+            exactly, or quantised weights have only the portable graphs because the operators of
+            the one for the CPU do not take the model.
 
     Raises:
         OptionError: If an option has no use for this checkpoint.
@@ -174,6 +182,7 @@ def build(
     tying = checkpoint.resolve_tying()
     exact_bits = {} if options.precision == "fp32" else checkpoint.exact_bits()
     precision = options.precision or native_precision(exact_bits.values())
+    check_precision(options.targets, precision, output)
     recipe = options.recipe(precision)
     if exact_bits and recipe is None:
         _warn_of_fp32(checkpoint, exact_bits)
@@ -212,10 +221,15 @@ def build(
         )
         hashes = {WEIGHTS_FILE: weights.sha256}
         write_manifest(manifest, folder, hashes)
+        without = None
+        if recipe is not None:
+            without = add_cpu_graph(Bundle.open(folder), progress=progress)
         if options.verify:
             _verify(manifest, checkpoint, folder, output, hashes, progress)
         install(folder, output, overwrite=overwrite)
     bundle = Bundle.open(output)
+    if without is not None and CPU not in options.targets:
+        _warn_of_portable(output, without)
     for target in dict.fromkeys(options.targets):
         try:
             add_target(bundle, target, options.compute_dtype, progress=progress)
@@ -225,6 +239,14 @@ def build(
                 names=error.names,
             ) from error
     return bundle
+
+
+def _warn_of_portable(output: Path, reason: TargetError) -> None:
+    warnings.warn(
+        f"{output} has no graph of its own for the CPU, which runs the portable one, more slowly: "
+        f"{reason}",
+        stacklevel=3,
+    )
 
 
 def _warn_of_fp32(checkpoint: Checkpoint, exact_bits: Mapping[str, int | None]) -> None:

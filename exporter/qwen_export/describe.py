@@ -18,6 +18,7 @@ from qwen_export.model.parameters import Parameter
 from qwen_export.trace import Phase
 from qwen_export.weights import QuantizedSource, Source, WeightsFile
 from qwen_runtime.bundle import sha256_of
+from qwen_runtime.lowered_file import LOWERED_FOLDER
 from qwen_runtime.manifest import (
     MANIFEST_FILE,
     FileEntry,
@@ -185,10 +186,14 @@ def _graph_entry(phase: Phase, graph: ir.Model) -> GraphEntry:
 
 
 def write_manifest(manifest: Manifest, folder: Path, hashes: Mapping[str, str]) -> None:
-    """Hash every file in the folder, all but those already hashed, and write the manifest."""
+    """Hash every core file in the folder, all but those already hashed, and write the manifest.
+
+    Lowered graphs are no core files: they are listed and hashed in a document of their own.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST_FILE:
+        relative = path.relative_to(folder)
+        name = relative.as_posix()
+        if path.is_file() and name != MANIFEST_FILE and relative.parts[0] != LOWERED_FOLDER:
             files[name] = FileEntry(hashes.get(name) or sha256_of(path), path.stat().st_size)
     (folder / MANIFEST_FILE).write_text(replace(manifest, files=files).to_json(), "utf-8")

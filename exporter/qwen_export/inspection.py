@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict
 
 import onnx
 
-from qwen_runtime.bundle import Bundle
+from qwen_runtime.bundle import Bundle, sha256_of
 from qwen_runtime.engine_file import ENGINES_FOLDER, EngineFolder, engine_names
 from qwen_runtime.errors import BundleError
+from qwen_runtime.lowered_description import LOWERED_FILE
 from qwen_runtime.lowered_file import LOWERED_FOLDER, LoweredFolder, lowered_names
 from qwen_runtime.manifest import GraphEntry, QualitySummary, QuantizationEntry
 
@@ -97,23 +99,47 @@ def engine_line(engine: EngineFolder) -> str:
 
 
 def lowered_line(lowered: LoweredFolder) -> str:
-    """One line on lowered graphs: their type and attention, and that they were not executed."""
+    """One line on lowered graphs: size, type and attention, and whether they were proved."""
     description = lowered.description
     size = sum(entry.num_bytes for entry in description.files.values())
+    if description.target == "cpu":
+        proof = "verified" if _is_verified(lowered) else "not verified"
+    else:
+        proof = "not executed"
     return (
-        f"{size / 1e6:.1f} MB, {description.compute_dtype}, {_ATTENTION[description.attention]}, "
-        "over the bundle's weights; not executed"
+        f"{size / 1e3:,.0f} kB, {description.compute_dtype}, "
+        f"{_ATTENTION[description.attention]}, over the bundle's weights; {proof}"
     )
 
 
 _ATTENTION = {"group_query": "GroupQueryAttention", "mask": "attention under a mask"}
+_REPORT = "parity.json"
+
+
+def _is_verified(lowered: LoweredFolder) -> bool:
+    """Whether the bundle's own parity report is about these very files, and they passed."""
+    bundle = lowered.path.parent.parent
+    try:
+        report = json.loads((bundle / _REPORT).read_text("utf-8"))
+        proved, hashes = report["passed"], dict(report["hashes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # A bundle that was not verified has no report, and what cannot be read proves nothing.
+        return False
+    files = [lowered.path / name for name in (LOWERED_FILE, *lowered.description.files)]
+    return proved is True and all(
+        hashes.get(file.relative_to(bundle).as_posix()) == sha256_of(file) for file in files
+    )
 
 
 def _lowered_document(bundle: Bundle, name: str) -> dict[str, object]:
     try:
-        return asdict(LoweredFolder.open(bundle, name).description)
+        lowered = LoweredFolder.open(bundle, name)
     except BundleError as error:
         return {"unusable": str(error)}
+    document = asdict(lowered.description)
+    if lowered.description.target == "cpu":
+        document["verified"] = _is_verified(lowered)
+    return document
 
 
 def _lowered(bundle: Bundle, name: str) -> list[str]:
@@ -125,6 +151,7 @@ def _lowered(bundle: Bundle, name: str) -> list[str]:
     needs = ", ".join(f"{key} >= {each}" for key, each in found.minimum_engine_versions.items())
     return [
         f"  {lowered_line(lowered)}",
+        *_row("runs", _RUNS[found.target]),
         f"  made by       {found.producer}, {found.created}",
         *_row("needs", needs),
         *(
@@ -134,6 +161,12 @@ def _lowered(bundle: Bundle, name: str) -> list[str]:
         ),
         f"  make again    {lowered.remake_command}",
     ]
+
+
+_RUNS = {
+    "cpu": "on the CPU, prompts and steps alike, in place of the portable graphs",
+    "cuda": "on a GPU, with onnxruntime-gpu",
+}
 
 
 def _engine_document(bundle: Bundle, name: str) -> dict[str, object]:

@@ -18,10 +18,12 @@ from qwen_runtime.backends.sessions import MIN_CACHED_BYTES
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.comparison import TOLERANCES, Comparison, compare
 from qwen_runtime.errors import BundleError
+from qwen_runtime.lowered_file import LoweredFolder, lowered_names
 from qwen_runtime.reference_data import ReferenceData, ReferenceRow
 
 __all__ = [
     "CPU_BACKENDS",
+    "LOWERED_BACKEND",
     "MAX_SERVED_ERROR",
     "SERVED_BACKEND",
     "CheckDeparture",
@@ -39,13 +41,20 @@ Progress = Callable[[str, int, int], None]
 """Called with the step's name, the amount done and the total (bytes, or model calls)."""
 
 CPU_BACKENDS: dict[str, OpenRunner] = {
-    "ONNX Runtime": lambda bundle: OnnxRuntimeRunner(bundle, exact=_quantized(bundle)),
+    "ONNX Runtime": lambda bundle: OnnxRuntimeRunner(
+        bundle, exact=_quantized(bundle), lowered=False
+    ),
     "ONNX Runtime with the decode graph": lambda bundle: OnnxRuntimeRunner(
         bundle, decode_graph=True, exact=_quantized(bundle)
     ),
 }
-"""By name: the arrangement that serves requests, and the one that also runs decode.onnx. Quantised
-weights meet fp32 activations in them, so that they are held to the tolerance of fp32."""
+"""By name: the portable prefill graph, which serves requests for float weights, and the two that
+also run decode.onnx. Quantised weights meet fp32 activations in them, so that they are held to the
+tolerance of fp32."""
+
+LOWERED_BACKEND = "ONNX Runtime with the graph for the CPU"
+"""The graph in ``lowered/cpu``, where a bundle has one, with fp32 activations."""
+_CPU = "cpu"
 
 SERVED_BACKEND = "ONNX Runtime as served"
 SERVED_MARGIN = 2.0
@@ -103,7 +112,7 @@ class CheckResult:
     """The outcome of `check`."""
 
     num_files: int
-    """Core files whose sha256 was right; others raise."""
+    """Files whose sha256 was right, those of a graph for the CPU included; others raise."""
     tolerance: float
     prompts: int
     replays: tuple[ReplayResult, ...]
@@ -169,20 +178,24 @@ def check(
     Args:
         bundle: The bundle; it is not written to.
         backends: Engines to run it on, by name; None is `CPU_BACKENDS`, and for a quantised bundle
-            also the way it serves requests.
+            also its graph for the CPU and the way it serves requests.
         progress: Called as the work goes on.
 
     Returns:
         What was found; whether the bundle passed is in it.
 
     Raises:
-        BundleError: If a file was changed, the bundle was not verified when it was built, or it
-            is in a format whose tolerance was never argued.
+        BundleError: If a file was changed, the bundle was not verified when it was built, it is in
+            a format whose tolerance was never argued, or its graph for the CPU is damaged or was
+            made for other weights.
         BackendError: If an engine is missing or cannot run the bundle.
         ValueError: If ``backends`` is empty.
     """
     on_cpu = backends is None
-    backends = CPU_BACKENDS if backends is None else backends
+    lowered = LoweredFolder.open(bundle, _CPU) if _CPU in lowered_names(bundle.path) else None
+    if backends is None:
+        own = {} if lowered is None else {LOWERED_BACKEND: _open_lowered}
+        backends = CPU_BACKENDS | own
     if not backends:
         raise ValueError("backends must name at least one engine, got none; leave it out for CPU")
     manifest = bundle.manifest
@@ -195,7 +208,7 @@ def check(
     tolerance = TOLERANCES[manifest.compute_dtype].at_depth(manifest.model.num_hidden_layers)
     # Before minutes of hashing: a bundle that was not verified has nothing to compare with.
     data = ReferenceData.read(bundle)
-    _check_hashes(bundle, progress)
+    _check_hashes(bundle, lowered, progress)
     replays = tuple(
         _replay(name, open_runner, bundle, data, tolerance, progress)
         for name, open_runner in backends.items()
@@ -210,7 +223,13 @@ def check(
             cache = PackedCache.of_user()
             packed = None if cache is None else str(cache.root)
     return CheckResult(
-        len(manifest.files), tolerance, len(data.rows), replays, served, mean_bound, packed
+        len(manifest.files) + (len(lowered.description.files) if lowered is not None else 0),
+        tolerance,
+        len(data.rows),
+        replays,
+        served,
+        mean_bound,
+        packed,
     )
 
 
@@ -223,9 +242,15 @@ def _quantized(bundle: Bundle) -> bool:
     return bundle.manifest.quantization is not None
 
 
-def _check_hashes(bundle: Bundle, progress: Progress) -> None:
-    total = sum(entry.num_bytes for entry in bundle.manifest.files.values())
-    done = 0
+def _open_lowered(bundle: Bundle) -> ModelRunner:
+    return OnnxRuntimeRunner(bundle, exact=_quantized(bundle))
+
+
+def _check_hashes(bundle: Bundle, lowered: LoweredFolder | None, progress: Progress) -> None:
+    entries = [*bundle.manifest.files.values()]
+    if lowered is not None:
+        entries += lowered.description.files.values()
+    total, done = sum(entry.num_bytes for entry in entries), 0
 
     def advance(num_bytes: int) -> None:
         nonlocal done
@@ -233,6 +258,8 @@ def _check_hashes(bundle: Bundle, progress: Progress) -> None:
         progress("Checking files", done, total)
 
     bundle.check_hashes(advance)
+    if lowered is not None:
+        lowered.check_hashes(advance)
 
 
 def _replay(

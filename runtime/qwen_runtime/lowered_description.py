@@ -4,7 +4,8 @@
 
     BUNDLE/lowered/<target>/lowered.json     this document
                             prefill.onnx     graphs only
-                            decode.onnx
+                            decode.onnx      not for the CPU, where one graph serves both
+                            top_logits.onnx  for CUDA: finds the highest logits of a step
 
 The graphs hold no weights. Each of their large initialisers is described here: which tensors of
 the bundle's weights file it is made of, and how. Whoever loads the graphs makes them, once for
@@ -28,6 +29,7 @@ from qwen_runtime.manifest import FileEntry, GraphEntry, TensorEntry
 __all__ = [
     "LOWERED_FILE",
     "LOWERED_SCHEMA_VERSION",
+    "GraphName",
     "InitializerEntry",
     "Layout",
     "LoweredDescription",
@@ -36,6 +38,8 @@ __all__ = [
 
 LOWERED_FILE = "lowered.json"
 LOWERED_SCHEMA_VERSION = 1
+
+GraphName = Literal["prefill", "decode", "top_logits"]
 
 Layout = Literal["plain", "matmul_nbits", "matmul_nbits_scales"]
 """How the stored tensors become the graph's:
@@ -88,7 +92,7 @@ class LoweredDescription:
     producer: str
     created: str
     """UTC, ISO 8601."""
-    target: Literal["cuda"]
+    target: Literal["cpu", "cuda"]
     compute_dtype: Literal["fp32", "fp16", "bf16"]
     """Type of activations and caches; logits are float32."""
     attention: Literal["group_query", "mask"]
@@ -99,7 +103,7 @@ class LoweredDescription:
     options: tuple[str, ...]
     """Command-line options that make it again."""
     minimum_engine_versions: dict[str, str]
-    graphs: dict[Literal["prefill", "decode"], GraphEntry]
+    graphs: dict[GraphName, GraphEntry]
     initializers: tuple[InitializerEntry, ...]
     """Every initialiser of either graph that lies outside of it."""
     files: dict[str, FileEntry]

@@ -9,11 +9,10 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from qwen_runtime.bundle import Bundle, sha256_of
 from qwen_runtime.errors import BundleError
-from qwen_runtime.lowered_description import LOWERED_FILE, LoweredDescription
+from qwen_runtime.lowered_description import LOWERED_FILE, GraphName, LoweredDescription
 
 __all__ = ["LOWERED_FOLDER", "LoweredFolder", "lowered_names"]
 
@@ -74,9 +73,9 @@ class LoweredFolder:
         options = self.description.options
         return shlex.join(["qwen-export", "engine", bundle, *options, "--overwrite"])
 
-    def graph_file(self, phase: Literal["prefill", "decode"]) -> Path:
+    def graph_file(self, name: GraphName) -> Path:
         """Path of one of the graphs."""
-        return self.path / self.description.graphs[phase].file
+        return self.path / self.description.graphs[name].file
 
     def check_hashes(self, progress: Callable[[int], None] = lambda _: None) -> None:
         """Read every graph and compare its sha256.

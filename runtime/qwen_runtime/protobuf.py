@@ -12,7 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-__all__ = ["BYTES", "FIXED32", "FIXED64", "VARINT", "Field", "fields", "message", "varint"]
+__all__ = [
+    "BYTES",
+    "FIXED32",
+    "FIXED64",
+    "VARINT",
+    "Field",
+    "fields",
+    "message",
+    "varint",
+    "varint_of",
+]
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 """Wire types."""
@@ -51,9 +61,9 @@ def message(parts: Iterable[Field]) -> bytes:
     """The message of some fields."""
     encoded = []
     for number, wire, contents in parts:
-        encoded.append(_varint_of(number << 3 | wire))
+        encoded.append(varint_of(number << 3 | wire))
         if wire == BYTES:
-            encoded.append(_varint_of(len(contents)))
+            encoded.append(varint_of(len(contents)))
         encoded.append(contents)
     return b"".join(encoded)
 
@@ -74,7 +84,8 @@ def varint(encoded: bytes, position: int) -> tuple[int, int]:
         shift += 7
 
 
-def _varint_of(value: int) -> bytes:
+def varint_of(value: int) -> bytes:
+    """The encoding of a number of at least 0."""
     encoded = bytearray()
     while value > 127:
         encoded.append(value & 127 | 128)

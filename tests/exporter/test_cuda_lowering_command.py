@@ -136,7 +136,7 @@ def test_a_head_that_the_operator_does_not_take_is_refused_by_its_size(tmp_path:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("stranger", "must be one that runs on the device, but .* is ai.onnx::Shape"),
+        ("stranger", "must be one that is known to run there, but .* is ai.onnx::Shape"),
         ("cache", "must read and write the caches of layer 0"),
         ("unused", "every input must be used, but extra is not"),
         ("folded", "must read something beside weights"),
@@ -162,4 +162,25 @@ def test_a_graph_that_would_fall_back_or_answer_wrongly_is_found(
         weight = next(iter(graph.initializers.values()))
         graph.append(ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name="/stray/Cast"))
     with pytest.raises(TargetError, match=message):
-        inspect_lowered(graph, LoweringOptions(), num_hidden_layers=num_layers)
+        inspect_lowered(graph, LoweringOptions(), "cuda", num_hidden_layers=num_layers)
+
+
+@pytest.mark.parametrize(("num_top", "count"), [(64, 64), (256, 128), (0, None)])
+def test_how_many_logits_a_step_brings_is_recorded(
+    bundle: Bundle, num_top: int, count: int | None
+) -> None:
+    folder = lower_bundle(bundle, "cuda", LoweringOptions("fp32", num_top=num_top))
+    entry = folder.description.graphs.get("top_logits")
+    assert (
+        (entry is None) == (count is None) == ("top_logits.onnx" not in folder.description.files)
+    )
+    if entry is not None:
+        assert [output.shape[1] for output in entry.outputs] == [count, count]
+        graph = ir.load(folder.graph_file("top_logits")).graph
+        assert [node.op_type for node in graph] == ["TopK"]
+
+
+@pytest.mark.parametrize("num_top", [-1, 257, True, 2.0])
+def test_no_other_number_of_logits_is_taken(num_top: Any) -> None:
+    with pytest.raises(TargetError, match=r"num_top must be an integer in 0\.\.256, got"):
+        LoweringOptions(num_top=num_top)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import click
 from exporter.doctor_machines import HOPPER, RTX, WORKSTATION, with_cuda
+from small_checkpoints import small_checkpoint
 
+from qwen_export.bundle import BuildOptions, build
 from qwen_export.doctor import bundle_capabilities, capabilities, faults, read_bundle, report_text
 from qwen_export.doctor.bundle_fit import (
     BundleFacts,
@@ -167,6 +169,43 @@ def test_graphs_for_cuda_are_judged_by_the_machine_and_by_trying(
     (bundle.path / "lowered" / "cuda" / "decode.onnx").write_bytes(b"short")
     damaged = verdict_on(WORKSTATION, read_bundle(bundle, WORKSTATION))
     assert (damaged.can, "decode.onnx: size must be" in damaged.why) == (False, True)
+
+
+def test_the_graph_that_answered_on_the_cpu_is_named(tmp_path: Path) -> None:
+    made = build(
+        small_checkpoint(tmp_path / "model"), tmp_path / "out", BuildOptions("int8", verify=False)
+    )
+    facts = read_bundle(made, WORKSTATION)
+    assert (facts.has_cpu_graph, facts.graph) == (True, "lowered/cpu/prefill.onnx")
+    (runs,) = bundle_capabilities(WORKSTATION, facts)
+    assert (runs.can, runs.fix) == (True, None)
+    assert runs.why.startswith("lowered/cpu/prefill.onnx answered with a token after ")
+
+    damaged = made.path / "lowered" / "cpu" / "prefill.onnx"
+    damaged.write_bytes(b"short")
+    (refused,) = bundle_capabilities(WORKSTATION, read_bundle(made, WORKSTATION))
+    assert not refused.can
+    assert "--target cpu --overwrite" in refused.why
+
+    shutil.rmtree(made.path / "lowered")
+    portable = read_bundle(made, WORKSTATION)
+    assert (portable.has_cpu_graph, portable.graph) == (False, "prefill.onnx")
+    (runs,) = bundle_capabilities(WORKSTATION, portable)
+    assert runs.can
+    assert runs.fix == f"qwen-export engine {made.path} --target cpu"
+
+
+def test_a_graph_for_the_cpu_that_found_no_room_is_told_from_one_that_is_not_there() -> None:
+    facts = BundleFacts(
+        "b", "int4", 10**9, trial=Trial(True, 1.0), graph="prefill.onnx", has_cpu_graph=True
+    )
+    (runs,) = bundle_capabilities(WORKSTATION, facts)
+    assert runs.can
+    assert "has no room for what lowered/cpu loads" in runs.why
+    assert runs.fix == "set TMPDIR to a folder with 1,000 MB"
+    plain = BundleFacts("b", "fp32", 10, trial=Trial(True, 1.0), graph="prefill.onnx")
+    (runs,) = bundle_capabilities(WORKSTATION, plain)
+    assert (runs.why, runs.fix) == ("prefill.onnx answered with a token after 1.0 s", None)
 
 
 def test_a_bundle_larger_than_memory_is_not_even_tried(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from exporter.quantized_layouts import gptq
@@ -11,8 +14,9 @@ from small_checkpoints import small_checkpoint
 
 from qwen_export.bundle import BuildOptions, build
 from qwen_export.cli.main import parity_line
-from qwen_export.inspection import COLUMNS, describe_text
-from qwen_runtime.bundle import Bundle
+from qwen_export.inspection import COLUMNS, describe_text, lowered_line, summary
+from qwen_runtime.bundle import Bundle, sha256_of
+from qwen_runtime.lowered_file import LoweredFolder
 from qwen_runtime.manifest import ParitySummary, QualitySummary
 
 PARITY = ParitySummary(
@@ -38,10 +42,70 @@ def test_a_bundle_of_imported_codes_names_no_method_of_ours(imported: Bundle) ->
     assert (linear.format, linear.block_size, linear.method) == ("int4", 32, "imported")
 
 
+def claim_verified(bundle: Bundle, *, passed: bool = True) -> Path:
+    """A report that says what one says that a build writes of the graph for the CPU."""
+    hashes = {
+        file.relative_to(bundle.path).as_posix(): sha256_of(file)
+        for file in (bundle.path / "lowered" / "cpu").iterdir()
+    }
+    report = bundle.path / "parity.json"
+    report.write_text(json.dumps({"passed": passed, "hashes": hashes}))
+    return report
+
+
+def test_a_graph_for_the_cpu_is_verified_where_the_report_is_about_its_files(
+    imported: Bundle, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(shutil.copytree(imported.path, tmp_path / "bundle"))
+
+    def verified() -> bool:
+        lowered = summary(bundle)["lowered"]
+        assert isinstance(lowered, dict)
+        found = lowered["cpu"]["verified"]
+        assert isinstance(found, bool)
+        line = lowered_line(LoweredFolder.open(bundle, "cpu"))
+        assert line.endswith("; verified" if found else "; not verified")
+        return found
+
+    assert not verified()
+    claim_verified(bundle, passed=False)
+    assert not verified()
+    report = claim_verified(bundle)
+    assert verified()
+    for text in ("", "[]", '{"passed": true, "hashes": 1}'):
+        report.write_text(text)
+        assert not verified()
+    claim_verified(bundle)
+    description = bundle.path / "lowered" / "cpu" / "lowered.json"
+    description.write_text(description.read_text().replace('"created": "20', '"created": "19'))
+    assert not verified()
+
+
+@pytest.mark.slow
+def test_a_build_verifies_the_graph_for_the_cpu(tmp_path: Path) -> None:
+    made = build(small_checkpoint(tmp_path / "model"), tmp_path / "out", BuildOptions("int8"))
+    text = describe_text(made)
+    shown = text[text.index("lowered: lowered/cpu") :]
+    assert "GroupQueryAttention, over the bundle's weights; verified\n" in shown
+    assert "runs          on the CPU" in shown
+
+
+def test_a_damaged_graph_for_the_cpu_is_shown_with_what_to_do(
+    imported: Bundle, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(shutil.copytree(imported.path, tmp_path / "bundle"))
+    (bundle.path / "lowered" / "cpu" / "prefill.onnx").write_bytes(b"short")
+    text = describe_text(bundle)
+    assert "unusable" in text
+    assert "--target cpu --overwrite" in text
+
+
 def test_what_inspect_shows_fits_a_terminal(imported: Bundle) -> None:
     verified = Bundle(imported.path, replace(imported.manifest, parity=PARITY))
     lines = describe_text(verified).splitlines()[1:]  # the first is the folder
-    assert [line for line in lines if len(line) > COLUMNS] == []
+    # A command with the folder in it stays whole, to be copied.
+    wide = [line for line in lines if len(line) > COLUMNS and str(imported.path) not in line]
+    assert wide == []
     text = "\n".join(lines)
     assert "92.1% of 4567 tokens as the original's,\n" in text
     operators = text[text.index(" nodes ") : text.index("  in  input_ids")]

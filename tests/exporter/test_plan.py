@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from exporter.quantized_layouts import gptq as pack_gptq
 from exporter.quantized_layouts import write_checkpoint
+from small_checkpoints import small_checkpoint
 
 from qwen_export.bundle import BuildOptions, build, embedded_model
 from qwen_export.checkpoint import open_checkpoint
@@ -26,6 +28,7 @@ from qwen_export.planning.sizes import StoredBytes, packed_cache_bytes
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine.prefix import KEPT_SLOTS
+from qwen_runtime.lowered_file import lowered_names
 
 MODELS = Path(__file__).parents[1] / "data" / "golden" / "models"
 BANDWIDTH = 20e9
@@ -96,7 +99,24 @@ def test_quantised_weights_have_the_planned_bytes(precision: str, tmp_path: Path
     build(None, folder, BuildOptions(precision, verify=False, block_size=64, quantizer="rtn"))
     assert entry.disk is not None
     assert entry.disk.weights == (folder / "weights.bin").stat().st_size
+    graphs = folder_bytes(folder / "lowered") + sum(
+        (folder / f"{phase}.onnx").stat().st_size for phase in ("prefill", "decode")
+    )
+    assert entry.disk.graphs == pytest.approx(graphs, rel=0.05)
     assert entry.disk.total - 120_000 == pytest.approx(folder_bytes(folder), rel=0.02)
+
+
+@pytest.mark.parametrize(("head_dim", "lowered"), [(16, True), (12, False)])
+def test_a_graph_for_the_cpu_is_planned_where_a_build_makes_one(
+    head_dim: int, lowered: bool, tmp_path: Path
+) -> None:
+    model = small_checkpoint(tmp_path / "model", num_attention_heads=8, head_dim=head_dim)
+    floats, codes = plan(model, PlanOptions(("fp32", "int8"), ("fp32",))).precisions
+    assert (floats.lowered, codes.lowered) == (False, lowered)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is none
+        made = build(model, tmp_path / "out", BuildOptions("int8", verify=False))
+    assert lowered_names(made.path) == (("cpu",) if lowered else ())
 
 
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_tied_bias", "qwen2_sliding"])
@@ -186,6 +206,30 @@ def test_an_engine_holds_two_bytes_a_value_and_no_scores() -> None:
     assert gpu.kv_cache * 2 == cpu.kv_cache
     assert gpu.activations < cpu.activations / 2
     assert gpu.mapped == 0
+
+
+def test_activations_of_the_graph_for_the_cpu_end_with_the_longest_call() -> None:
+    config = open_checkpoint(embedded_model()).config
+    layout = Layout.of([StoredBytes("model.norm.weight", 1 << 20)], tied=True)
+
+    def activations(context: int, *, lowered: bool) -> int:
+        return run_memory(
+            config, layout, context=context, batch=1, limit=4096, lowered=lowered
+        ).activations
+
+    assert activations(256, lowered=True) < activations(512, lowered=True)
+    assert activations(512, lowered=True) == activations(4096, lowered=True)
+    assert activations(512, lowered=False) < activations(4096, lowered=False)
+
+
+def test_a_step_of_the_graph_for_the_cpu_reads_the_tokens_it_has_and_no_more() -> None:
+    options = PlanOptions(("int8",), ("fp32",), contexts=(300, 301))
+    (entry,) = plan(embedded_model(), options).precisions
+    fewer, more = entry.speed
+    config = open_checkpoint(embedded_model()).config
+    token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert more.bytes_per_token - fewer.bytes_per_token == token
+    assert more.expected < fewer.expected < fewer.ceiling
 
 
 def test_speed_follows_the_bytes_of_a_step() -> None:
@@ -331,10 +375,15 @@ def test_large_quantised_weights_are_mapped_from_the_packed_cache() -> None:
         StoredBytes("model.embed_tokens.weight_scale", 1 << 20, is_scale=True),
         StoredBytes("model.norm.weight", 1 << 20),
     ]
+
     # Codes that embed, as they are multiplied and packed; scales once more for sums; floats.
-    assert packed_cache_bytes(stored, 102 << 20, tied=True) == (300 + 4 + 1) << 20
-    assert packed_cache_bytes(stored, 63 << 20, tied=True) == 0
-    assert packed_cache_bytes(stored[2:], 102 << 20, tied=True) == 0
+    def saved(stored: list[StoredBytes], weights: int, *, lowered: bool = False) -> int:
+        return packed_cache_bytes(stored, weights, tied=True, lowered=lowered)
+
+    assert saved(stored, 102 << 20) == (300 + 4 + 1) << 20
+    assert saved(stored, 102 << 20, lowered=True) == (200 + 3 + 1) << 20
+    assert saved(stored, 63 << 20) == 0
+    assert saved(stored[2:], 102 << 20) == 0
     config = open_checkpoint(embedded_model()).config
     layout = Layout.of(stored, tied=True)
     packed, mapped = (

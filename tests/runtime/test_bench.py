@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
+from small_checkpoints import small_checkpoint
 
+from qwen_export.bundle import BuildOptions, build
 from qwen_runtime import LLM
 from qwen_runtime.bench import BenchOptions, BenchResult, LengthResult, Run, bench, render, table
 from qwen_runtime.bench.environment import OtherWork, peak_memory_bytes
@@ -78,6 +81,19 @@ def test_a_result_names_bundle_and_machine(result: BenchResult, embedded_bundle:
     assert result.environment.versions["numpy"] == np.__version__
     assert any("was not verified" in warning for warning in result.warnings)
     assert result.load_s > 0
+
+
+def test_a_result_names_the_graph_that_ran(tmp_path: Path, result: BenchResult) -> None:
+    assert result.bundle.graph == "prefill.onnx"
+    made = build(
+        small_checkpoint(tmp_path / "model"), tmp_path / "out", BuildOptions("int4", verify=False)
+    )
+    settings = BenchOptions((8,), new_tokens=2, repeat=1)
+    for graph in ("lowered/cpu/prefill.onnx", "prefill.onnx"):
+        measured = bench(made, settings)
+        assert measured.bundle.graph == graph
+        assert f"graph {graph}, parity" in " ".join(table(measured).split())
+        shutil.rmtree(made.path / "lowered", ignore_errors=True)
 
 
 def test_a_result_goes_through_json_unchanged(result: BenchResult) -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from small_checkpoints import small_checkpoint
 
+from qwen_export.bundle import BuildOptions, build
 from qwen_runtime.bench.graph_file import read_external_tensors
 from qwen_runtime.bench.streamed import StreamedBytes
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.errors import BundleError
+from qwen_runtime.lowered_file import LoweredFolder
 
 
 def test_tensors_are_those_that_onnx_reads(embedded_bundle: Path) -> None:
@@ -80,6 +83,23 @@ def test_a_step_streams_every_parameter_but_rows_of_an_untied_embedding(
     streamed = StreamedBytes.of(bundle)
     assert streamed.weights == 4 * (model.num_hidden_layers * layer + hidden + logits)
     assert streamed.cache_per_token == 4 * 2 * model.num_hidden_layers * kv_size
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_graph_for_the_cpu_streams_the_bytes_that_the_portable_one_does(
+    precision: str, tied: bool, tmp_path: Path
+) -> None:
+    model = small_checkpoint(tmp_path / "model", tie_word_embeddings=tied, vocab_size=102)
+    made = build(model, tmp_path / "out", BuildOptions(precision, verify=False))
+    parts = {
+        part.name: part.num_bytes
+        for initializer in LoweredFolder.open(made, "cpu").description.initializers
+        for part in initializer.parts
+    }
+    looked_up = ("model.rotary_emb.",) if tied else ("model.rotary_emb.", "model.embed_tokens.")
+    read = sum(size for name, size in parts.items() if not name.startswith(looked_up))
+    assert StreamedBytes.of(made).weights == read
 
 
 def test_the_cache_adds_to_a_step_by_row_and_token() -> None:

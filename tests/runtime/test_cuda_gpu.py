@@ -109,6 +109,26 @@ def test_tokens_chosen_on_the_device_are_those_of_the_logits(runner: CudaRunner)
         assert runner.decode_argmax([0, 1], [7, 9]).tolist() == expected.tolist()
 
 
+def test_the_highest_logits_found_on_the_device_are_those_of_whole_rows(
+    runner: CudaRunner,
+) -> None:
+    slots, tokens = range(40), [7 + slot for slot in range(40)]
+    runner.allocate(40, 1)
+    prompts = [np.arange(3 + slot, 20 + slot) for slot in slots]
+    for _ in range(4):  # two blocks; plain, captured, launched
+        runner.prefill(slots, prompts, [0] * 40, [1] * 40)
+        whole = runner.decode(slots, tokens).copy()
+        runner.prefill(slots, prompts, [0] * 40, [1] * 40)
+        found = runner.decode_top(slots, tokens)
+        assert found.best.tolist() == whole.argmax(axis=-1).tolist()
+        np.testing.assert_array_equal(np.take_along_axis(whole, found.tokens, 1), found.logits)
+        np.testing.assert_array_equal(
+            -np.sort(-found.logits), -np.sort(-whole)[:, : runner.num_top]
+        )
+        assert all(len(set(row)) == runner.num_top for row in found.tokens.tolist())
+        np.testing.assert_array_equal(runner.whole_logits([0, 39, 17]), whole[[0, 39, 17]])
+
+
 def test_caches_are_on_the_device_and_given_back(runner: CudaRunner, seam: CudaSeam) -> None:
     free = seam.free_bytes()
 
@@ -145,11 +165,20 @@ def test_the_embedded_model_is_proved_and_generates_like_on_the_cpu(
     bundle = linked_bundle(verified_bundle, tmp_path / "bundle")
     # A head of 8 takes the standard operators in any type.
     lower_bundle(bundle, "cuda", LoweringOptions(compute_dtype=dtype))
-    with LLM(bundle, device="cuda") as ours, LLM(verified_bundle) as expected:
+    rows = linked_bundle(verified_bundle, tmp_path / "rows")
+    lower_bundle(rows, "cuda", LoweringOptions(compute_dtype=dtype, num_top=0))
+    with (
+        LLM(bundle, device="cuda") as ours,
+        LLM(rows, device="cuda") as whole,
+        LLM(verified_bundle) as expected,
+    ):
         prompt = [5, 17, 99, 42, 7]
         found = ours.generate(prompt, **GREEDY).token_ids
         assert len(found) > 0
         if dtype == "fp32":
             assert found == expected.generate(prompt, **GREEDY).token_ids
+        sampled = {"max_new_tokens": 24, "do_sample": True, "top_k": 20, "top_p": 0.8, "seed": 5}
+        drawn = ours.generate(prompt, **sampled).token_ids
+        assert drawn == whole.generate(prompt, **sampled).token_ids
         beams = ours.generate(prompt, num_beams=4, **GREEDY)
         assert len(beams.token_ids) > 0

@@ -120,8 +120,8 @@ def test_greedy_search_brings_tokens_and_no_logits(
         {"logprobs": True},
         {"output_logits": True, "return_dict_in_generate": True},
         {"output_scores": True, "return_dict_in_generate": True},
-        {"repetition_penalty": 1.3},
-        {"do_sample": True, "seed": 3},
+        {"renormalize_logits": True},
+        {"do_sample": True, "seed": 3, "top_k": 0},
     ],
 )
 def test_whoever_needs_logits_gets_them(

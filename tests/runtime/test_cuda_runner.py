@@ -293,6 +293,7 @@ def test_only_decode_is_captured_and_float32_is_not_rounded(open_cuda: Open) -> 
     assert seam.sessions == [
         {"capture": False, "tf32": False},
         {"capture": True, "tf32": False},
+        {"capture": False, "tf32": False},
     ]
 
 

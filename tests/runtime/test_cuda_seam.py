@@ -18,11 +18,11 @@ from cuda_double import HostSeam
 
 from qwen_runtime.backends import nvidia_device
 from qwen_runtime.backends.cuda.blocks import block_around, rounded_slots
-from qwen_runtime.backends.cuda.contents import initializer_bytes, pieces
 from qwen_runtime.backends.cuda.dlpack import ELEMENT_BYTES, tensor_at
 from qwen_runtime.backends.cuda.nvidia import OnnxRuntimeCudaSeam
 from qwen_runtime.backends.cuda.seam import NO_GRAPH, CudaSeam
 from qwen_runtime.backends.device_seam import DeviceMemoryError
+from qwen_runtime.backends.lowered_contents import initializer_bytes, pieces
 from qwen_runtime.errors import BackendError, BundleError
 from qwen_runtime.lowered_description import InitializerEntry, Layout, PartEntry
 
@@ -213,7 +213,7 @@ def made(
 
 @pytest.fixture(params=[1 << 22, 7])
 def piece_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr("qwen_runtime.backends.cuda.contents._PIECE", request.param)
+    monkeypatch.setattr("qwen_runtime.backends.lowered_contents._PIECE", request.param)
     return int(request.param)
 
 
@@ -336,7 +336,7 @@ def test_a_description_that_does_not_fit_is_refused(
 def test_no_byte_is_given_out_beyond_the_initialiser(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen_runtime.backends.cuda.contents._PIECE", 3)
+    monkeypatch.setattr("qwen_runtime.backends.lowered_contents._PIECE", 3)
     path = tmp_path / "weights.bin"
     parts = stored(path, np.zeros((2, 4), np.float32))
     entry = InitializerEntry("w", "float", (2, 2), "plain", tuple(parts))

@@ -142,16 +142,6 @@ def test_no_chunk_of_a_row_is_a_single_token_so_that_cuts_change_no_bit(
     np.testing.assert_array_equal(chunked, expected)
 
 
-@pytest.mark.parametrize("length", [1, 2, 511, 512, 513, 514, 1024, 1025, 1537])
-def test_cuts_are_even_and_leave_no_single_token_nor_more_than_a_chunk(length: int) -> None:
-    chunks = list(backend._chunks(length))
-
-    assert [start for start, _ in chunks] == [0, *(stop for _, stop in chunks[:-1])]
-    assert chunks[-1][1] == length
-    assert all(start % 2 == 0 for start, _ in chunks)
-    assert all(min(2, length) <= stop - start <= backend.PREFILL_CHUNK for start, stop in chunks)
-
-
 def test_chunked_prefill_of_several_rows_returns_each_rows_own_logits(
     runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,22 +58,45 @@ def test_released_slot_cannot_be_released_again() -> None:
         slots.release(held)
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), max_size=60))
-def test_no_slot_is_held_twice_and_none_is_lost(actions: list[tuple[bool, int]]) -> None:
+def test_slot_can_be_taken_by_its_number_when_it_is_free() -> None:
+    slots = SlotManager()
+    slots.allocate(2)
+    slots.take(5)
+    assert (slots.num_slots, slots.used) == (6, [0, 1, 5])
+    assert slots.empty(8, kept=[3]) == [2, 4, 6, 7]
+
+    with pytest.raises(AssertionError, match="took slot 5"):
+        slots.take(5)
+    slots.release([5])
+    assert (slots.num_slots, slots.used) == (2, [0, 1])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "give", "move"]), st.integers(0, 6)), max_size=60)
+)
+def test_no_slot_is_held_twice_and_none_is_lost(actions: list[tuple[str, int]]) -> None:
     slots = SlotManager()
     held: list[list[int]] = []
     before = 0
 
-    for take, number in actions:
-        if take:
+    for action, number in actions:
+        if action == "take":
             held.append(slots.allocate(number))
-        elif held:
+        elif action == "give" and held:
             slots.release(held.pop(number % len(held)))
+        elif action == "move" and any(held):
+            row = held[number % len(held)]
+            empty = slots.empty(slots.num_slots)
+            if row and empty:
+                slots.take(empty[0])
+                slots.release([row[0]])
+                row[0] = empty[0]
         used = [slot for taken in held for slot in taken]
         assert len(used) == len(set(used)) == slots.num_used
+        assert sorted(used) == slots.used
         # No room is asked for beyond the highest slot in use, and nothing grows without need.
         assert slots.num_slots == max(used, default=-1) + 1
-        assert take or slots.num_slots <= before
+        assert action == "take" or slots.num_slots <= before
         before = slots.num_slots
 
     for taken in held:

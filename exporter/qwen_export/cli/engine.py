@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 __all__ = ["engine", "show_target", "target_option"]
 
 _POSITIVE = click.IntRange(min=1)
-_TARGETS = ["tensorrt-rtx", "tensorrt", "cuda"]
+_TARGETS = ["tensorrt-rtx", "tensorrt", "cuda", "cpu"]
+_LOWERED = ("cuda", "cpu")
+"""Targets whose graphs ONNX Runtime runs."""
 _ENGINE_ONLY = ("max_batch", "max_sequence", "capacity", "sms", "separate_engines")
-"""Options that ONNX Runtime has no use for: its graphs take any sizes on any GPU."""
+"""Options that ONNX Runtime has no use for: its graphs take any sizes."""
 TARGET_HELP = (
     "tensorrt-rtx builds an engine without a GPU; tensorrt, the enterprise one, builds for the GPU "
     "at hand, is experimental and was never executed; cuda writes graphs for ONNX Runtime's CUDA "
-    "provider. May be given more than once."
+    "provider; cpu writes the graph that int8 and int4 bundles are served with on the CPU, which "
+    "build makes anyway. May be given more than once."
 )
 
 target_option = click.option(
@@ -36,7 +39,7 @@ target_option = click.option(
     "targets",
     type=click.Choice(_TARGETS),
     multiple=True,
-    help=f"Build what a GPU runs into the bundle as well: {TARGET_HELP}",
+    help=f"Build this into the bundle as well: {TARGET_HELP}",
 )
 
 
@@ -71,8 +74,8 @@ def _generations(
     type=click.Choice(["bf16", "fp16", "fp32"]),
     default="bf16",
     show_default=True,
-    help="Type of activations and caches. fp16 is refused where the model's numbers exceed it, "
-    "fp32 is for cuda only.",
+    help="Type of activations and caches on a GPU. fp16 is refused where the model's numbers exceed "
+    "it, fp32 is for cuda only.",
 )
 @click.option(
     "--max-batch", type=_POSITIVE, default=8, show_default=True, help="Rows of one call."
@@ -118,18 +121,20 @@ def engine(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Build what a GPU runs into BUNDLE: a TensorRT engine, or graphs for ONNX Runtime on CUDA.
+    """Build into BUNDLE what an engine runs best: a TensorRT plan, or graphs for ONNX Runtime.
 
     TensorRT's own parser and builder make an engine at engines/TARGET; it is refused where it would
     give wrong numbers. The target cuda writes rewritten graphs over the bundle's weights to
     lowered/cuda; only --compute-dtype matters to it. Nothing is executed: both are proved on the
-    GPU that loads them.
+    GPU that loads them. The target cpu writes lowered/cpu again, which serves int8 and int4
+    bundles on the CPU; it takes no options, and qwen-run check proves it.
 
     \b
     Examples:
       qwen-export engine artifacts/tiny-qwen2-chat --target tensorrt-rtx
       qwen-export engine artifacts/qwen --target tensorrt-rtx --max-batch 32 --capacity 8192
       qwen-export engine artifacts/qwen --target cuda --compute-dtype fp16
+      qwen-export engine artifacts/qwen-int4 --target cpu --overwrite
     """
     from qwen_export.progress import console_progress
     from qwen_export.targets.engine import build_engine, check_target
@@ -137,8 +142,13 @@ def engine(
     from qwen_runtime.bundle import Bundle
 
     wanted = tuple(dict.fromkeys(targets))
-    engines = [target for target in wanted if target != "cuda"]
-    if not engines:
+    engines = [target for target in wanted if target not in _LOWERED]
+    if wanted == ("cpu",):
+        _refuse_given(
+            (*_ENGINE_ONLY, "compute_dtype"),
+            "--target cpu, whose graph takes any sizes and computes in fp32",
+        )
+    elif not engines:
         _refuse_given(_ENGINE_ONLY, "--target cuda, whose graphs take any sizes on any GPU")
     elif compute_dtype == "fp32":
         raise click.UsageError(
@@ -157,8 +167,8 @@ def engine(
     for target in wanted:
         started = time.monotonic()
         made: EngineFolder | LoweredFolder
-        if target == "cuda":
-            made = _lower(opened, compute_dtype, overwrite=overwrite)
+        if target in _LOWERED:
+            made = _lower(opened, target, compute_dtype, overwrite=overwrite)
         else:
             made = build_engine(
                 opened, target, options, overwrite=overwrite, progress=console_progress
@@ -176,7 +186,7 @@ def show_target(bundle: Bundle, target: str, more: str = "") -> None:
     from qwen_runtime.engine_file import EngineFolder
     from qwen_runtime.lowered_file import LoweredFolder
 
-    if target == "cuda":
+    if target in _LOWERED:
         lowered = LoweredFolder.open(bundle, target)
         click.echo(f"{lowered.path}: {lowered_line(lowered)}{more}")
         return
@@ -187,13 +197,17 @@ def show_target(bundle: Bundle, target: str, more: str = "") -> None:
 
 
 def _lower(
-    bundle: Bundle, compute_dtype: Literal["bf16", "fp16", "fp32"], *, overwrite: bool
+    bundle: Bundle,
+    target: str,
+    compute_dtype: Literal["bf16", "fp16", "fp32"],
+    *,
+    overwrite: bool,
 ) -> LoweredFolder:
     from qwen_export.lowering import LoweringOptions, lower_bundle
     from qwen_export.progress import console_progress
 
-    options = LoweringOptions(compute_dtype)
-    return lower_bundle(bundle, "cuda", options, overwrite=overwrite, progress=console_progress)
+    options = None if target == "cpu" else LoweringOptions(compute_dtype)
+    return lower_bundle(bundle, target, options, overwrite=overwrite, progress=console_progress)
 
 
 def _refuse_given(names: tuple[str, ...], reason: str) -> None:

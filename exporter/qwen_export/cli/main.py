@@ -54,8 +54,8 @@ def main(traceback: bool) -> None:
 @click.option(
     "--compute-dtype",
     type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Format of activations and KV caches in what --target builds; the portable graphs compute "
-    "in fp32.  [default: bf16]",
+    help="Format of activations and KV caches in what --target builds for a GPU; what a CPU runs "
+    "computes in fp32.  [default: bf16]",
 )
 @click.option(
     "--block-size",

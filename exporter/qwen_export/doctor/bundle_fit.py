@@ -1,8 +1,12 @@
-"""Whether a machine can run a bundle, its engines, and its graphs for CUDA."""
+"""Whether a machine can run a bundle, its engines, and its graphs for CUDA.
+
+On the CPU it is the bundle that says what runs: a graph of its own there, or the portable one.
+"""
 
 from __future__ import annotations
 
 import shlex
+import tempfile
 from dataclasses import dataclass, replace
 
 from qwen_export.doctor.examination import try_here
@@ -18,7 +22,7 @@ from qwen_runtime.backends.tensorrt.opening import choose_engine
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_file import EngineFolder, engine_names, refusal
 from qwen_runtime.errors import BundleError
-from qwen_runtime.lowered_file import LoweredFolder, lowered_names
+from qwen_runtime.lowered_file import LOWERED_FOLDER, LoweredFolder, lowered_names
 
 __all__ = [
     "BundleFacts",
@@ -30,6 +34,7 @@ __all__ = [
 ]
 
 _CUDA = "cuda"
+_CPU = "cpu"
 _COPIES = {"fp32": 1, "int8": 2, "int4": 2}
 """Weights files in memory while ONNX Runtime loads: quantised weights are transposed, then packed."""
 _BASE_BYTES = 300_000_000
@@ -76,6 +81,10 @@ class BundleFacts:
     """Its graphs for ONNX Runtime's CUDA provider; None where it has none."""
     trial: Trial | None = None
     """It was loaded and answered with a token; None where that was not tried."""
+    graph: str | None = None
+    """Its file that answered on the CPU; None where none did."""
+    has_cpu_graph: bool = False
+    """Whether it has a graph for the CPU beside the portable ones."""
 
 
 def read_bundle(bundle: Bundle, machine: Machine) -> BundleFacts:
@@ -87,16 +96,19 @@ def read_bundle(bundle: Bundle, machine: Machine) -> BundleFacts:
     """
     manifest = bundle.manifest
     weight_bytes = manifest.files[manifest.weights.file].num_bytes
+    lowered = lowered_names(bundle.path)
     facts = BundleFacts(
         str(bundle.path),
         manifest.precision,
         weight_bytes,
         tuple(_read_engine(bundle, name, machine) for name in engine_names(bundle.path)),
-        _read_lowered(bundle, machine) if _CUDA in lowered_names(bundle.path) else None,
+        _read_lowered(bundle, machine) if _CUDA in lowered else None,
+        has_cpu_graph=_CPU in lowered,
     )
     if _run_cpu_reason(machine, facts) is not None:
         return facts
-    return replace(facts, trial=_generate(bundle, "onnxruntime", "cpu"))
+    trial, graph = _generate(bundle, "onnxruntime", "cpu")
+    return replace(facts, trial=trial, graph=graph)
 
 
 def needed_bytes(bundle: BundleFacts) -> int:
@@ -118,7 +130,8 @@ def bundle_capabilities(machine: Machine, bundle: BundleFacts) -> tuple[Capabili
     return tuple(found)
 
 
-def _generate(bundle: Bundle, backend: str, device: str) -> Trial:
+def _generate(bundle: Bundle, backend: str, device: str) -> tuple[Trial, str | None]:
+    """Load a bundle and ask for a token; also the file that answered, where the engine names it."""
     manifest = bundle.manifest
     weight_bytes = manifest.files[manifest.weights.file].num_bytes
     done = try_here(
@@ -129,7 +142,7 @@ def _generate(bundle: Bundle, backend: str, device: str) -> Trial:
         timeout_s=_MIN_TIMEOUT_S + weight_bytes / _SLOWEST_BYTES_S,
         cached=False,
     )
-    return Trial(done.error is None, done.seconds, done.error)
+    return Trial(done.error is None, done.seconds, done.error), done.facts.get("graph")
 
 
 def _read_engine(bundle: Bundle, name: str, machine: Machine) -> EngineFacts:
@@ -140,7 +153,7 @@ def _read_engine(bundle: Bundle, name: str, machine: Machine) -> EngineFacts:
             return facts
     except BundleError as error:
         return EngineFacts(name, None, str(error))
-    return replace(facts, trial=_generate(bundle, "tensorrt", "cuda"))
+    return replace(facts, trial=_generate(bundle, "tensorrt", "cuda")[0])
 
 
 def _read_lowered(bundle: Bundle, machine: Machine) -> LoweredFacts:
@@ -150,7 +163,7 @@ def _read_lowered(bundle: Bundle, machine: Machine) -> LoweredFacts:
         return LoweredFacts(None, str(error))
     if not run_cuda(machine).can:
         return facts
-    return replace(facts, trial=_generate(bundle, "onnxruntime", "cuda"))
+    return replace(facts, trial=_generate(bundle, "onnxruntime", "cuda")[0])
 
 
 def _run_cpu_reason(machine: Machine, bundle: BundleFacts) -> tuple[str, str | None] | None:
@@ -177,7 +190,15 @@ def _run_cpu(machine: Machine, bundle: BundleFacts) -> Capability:
     if trial is None or not trial.ok:
         why = "it was not tried" if trial is None else f"it fails: {trial.error}"
         return Capability(name, False, why)
-    return Capability(name, True, f"it answered with a token after {trial.seconds:.1f} s")
+    why = f"{bundle.graph or 'it'} answered with a token after {trial.seconds:.1f} s"
+    fix = None
+    if bundle.has_cpu_graph and not str(bundle.graph).startswith(LOWERED_FOLDER):
+        why += f", because {tempfile.gettempdir()} has no room for what {LOWERED_FOLDER}/cpu loads"
+        fix = f"set TMPDIR to a folder with {bundle.weight_bytes / 1e6:,.0f} MB"
+    elif bundle.precision != "fp32" and not bundle.has_cpu_graph:
+        why += "; a graph for the CPU is faster"
+        fix = f"qwen-export engine {shlex.quote(bundle.path)} --target {_CPU}"
+    return Capability(name, True, why, fix)
 
 
 def _run_engine(machine: Machine, engine: EngineFacts) -> Capability:

@@ -219,11 +219,12 @@ def _grammar(report: Report) -> None:
 
 def _generate(report: Report, bundle: str, backend: str, device: str) -> None:
     """Load a bundle and let it answer with a token."""
+    from qwen_runtime.bench.model_clock import graph_of
     from qwen_runtime.llm import LLM
 
     with LLM(bundle, backend=backend, device=device) as llm:  # type: ignore[arg-type]  # it checks
         llm.generate([0], max_new_tokens=1, do_sample=False)
-    report(generated=True)
+        report(generated=True, graph=graph_of(llm))
 
 
 TRIALS: dict[str, Callable[..., None]] = {

@@ -81,7 +81,7 @@ def _check_head_dim(node: ir.Node, head_dim: int) -> None:
     if head_dim % _HEAD_UNIT:
         raise TargetError(
             f"GroupQueryAttention needs a head_dim that {_HEAD_UNIT} divides, got {head_dim}; "
-            "lower with fp32, which keeps standard attention",
+            "for cuda, --compute-dtype fp32 keeps standard attention",
             names=[str(node.name)],
         )
 

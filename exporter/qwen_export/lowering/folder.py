@@ -1,4 +1,4 @@
-"""`lower_bundle`: from a bundle to ``lowered/cuda`` in it.
+"""`lower_bundle`: from a bundle to ``lowered/<target>`` in it.
 
 The folder takes its name in the bundle only when it is complete. The bundle's own files are read
 and not changed, and its weights are not copied.
@@ -11,26 +11,37 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import onnx_ir as ir
 
 from qwen_export.errors import OutputError, TargetError
 from qwen_export.lowering.graph import LoweredGraph, lower_graph
-from qwen_export.lowering.options import LoweringOptions
+from qwen_export.lowering.options import CPU_OPTIONS, LoweringOptions, Target
+from qwen_export.lowering.top_logits import top_logits_graph
 from qwen_export.progress import Progress, no_progress
 from qwen_export.staging import install, staging_folder
 from qwen_export.targets.ranges import check_float16_range
 from qwen_runtime.bundle import Bundle
-from qwen_runtime.lowered_description import LOWERED_FILE, InitializerEntry, LoweredDescription
+from qwen_runtime.lowered_description import (
+    LOWERED_FILE,
+    GraphName,
+    InitializerEntry,
+    LoweredDescription,
+)
 from qwen_runtime.lowered_file import LOWERED_FOLDER, LoweredFolder
 from qwen_runtime.manifest import FileEntry, GraphEntry, TensorEntry
 
-__all__ = ["TARGETS", "lower_bundle"]
+__all__ = ["TARGETS", "lower_bundle", "require_codes"]
 
-TARGETS = ("cuda",)
+TARGETS: tuple[Target, ...] = get_args(Target)
 """What a bundle can be lowered to."""
-_PHASES: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode")
+_PHASES: dict[Target, tuple[Literal["prefill", "decode"], ...]] = {
+    "cpu": ("prefill",),
+    "cuda": ("prefill", "decode"),
+}
+"""Graphs of a target. On the CPU, where every session packs its weights, one serves both phases."""
+_CODES = ("int8", "int4")
 _MINIMUM_VERSIONS = {"onnxruntime": "1.31"}
 """Where the operators' types and attributes were looked up."""
 
@@ -47,8 +58,9 @@ def lower_bundle(
 
     Args:
         bundle: An opened bundle.
-        target: "cuda".
-        options: Type of activations and caches.
+        target: "cuda", or "cpu" for a bundle of int8 or int4 weights.
+        options: Type of activations and caches, form of attention, and how many logits are brought
+            for sampling; None for the target's own.
         overwrite: Replace the graphs of this target.
         progress: Where to report long steps.
 
@@ -66,36 +78,72 @@ def lower_bundle(
         raise TargetError(
             f"target must be {' or '.join(TARGETS)} to be lowered to, got {target}", names=[target]
         )
-    options = options or LoweringOptions()
+    known: Target = target
+    options = options or (CPU_OPTIONS if known == "cpu" else LoweringOptions())
+    if known == "cpu":
+        _check_for_cpu(bundle, options)
     output = bundle.path.absolute() / LOWERED_FOLDER / target
     _require_absent(output, overwrite=overwrite)
     if options.compute_dtype == "fp16":
         check_float16_range(bundle, progress=progress)
+    graphs: dict[GraphName, LoweredGraph] = {}
+    for phase in _PHASES[known]:
+        with progress(f"Lowering {phase} for {target}"):
+            graphs[phase] = lower_graph(bundle, phase, options, known)
+    if known == "cuda" and options.num_top:
+        top = top_logits_graph(bundle.manifest.model.vocab_size, options.num_top)
+        graphs["top_logits"] = LoweredGraph(top, ())
     with staging_folder(output) as folder:
-        graphs = {}
-        for phase in _PHASES:
-            with progress(f"Lowering {phase} for {target}"):
-                graphs[phase] = lower_graph(bundle, phase, options)
-                graphs[phase].model.producer_name = "qwen-export"
-                graphs[phase].model.producer_version = metadata.version("qwen-export")
-                ir.save(graphs[phase].model, folder / f"{phase}.onnx")
-        files = [f"{phase}.onnx" for phase in _PHASES]
+        for name, graph in graphs.items():
+            graph.model.producer_name = "qwen-export"
+            graph.model.producer_version = metadata.version("qwen-export")
+            ir.save(graph.model, folder / f"{name}.onnx")
+        files = [f"{name}.onnx" for name in graphs]
         description = LoweredDescription(
             producer=f"qwen-export {metadata.version('qwen-export')}",
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            target="cuda",
+            target=known,
             compute_dtype=options.compute_dtype,
             attention=options.form,
             weights_sha256=bundle.manifest.files[bundle.manifest.weights.file].sha256,
-            options=options.command,
+            options=options.command(known),
             minimum_engine_versions=_MINIMUM_VERSIONS,
-            graphs={phase: _graph_entry(phase, graphs[phase]) for phase in _PHASES},
+            graphs={name: _graph_entry(name, graph) for name, graph in graphs.items()},
             initializers=_merged(graphs.values()),
             files={name: _file_entry(folder / name) for name in files},
         )
         (folder / LOWERED_FILE).write_text(description.to_json(), "utf-8")
         install(folder, output, overwrite=overwrite, refuse=_require_still_absent)
     return LoweredFolder.open(bundle, target)
+
+
+def require_codes(bundle: Path, precision: str) -> None:
+    """Refuse weights that have no graph for the CPU but the portable ones.
+
+    Args:
+        bundle: The bundle's folder, for the message.
+        precision: Format of its weights.
+
+    Raises:
+        TargetError: If that is neither int8 nor int4.
+    """
+    if precision not in _CODES:
+        raise TargetError(
+            f"{bundle} must have int8 or int4 weights to be lowered for cpu, got {precision}: its "
+            "portable graphs map float weights from weights.bin, and rearranged ones would be held "
+            "in memory",
+            names=["cpu"],
+        )
+
+
+def _check_for_cpu(bundle: Bundle, options: LoweringOptions) -> None:
+    require_codes(bundle.path, bundle.manifest.precision)
+    if (options.compute_dtype, options.form) != (CPU_OPTIONS.compute_dtype, CPU_OPTIONS.form):
+        raise TargetError(
+            "graphs for cpu must compute in fp32 with group_query attention, got "
+            f"{options.compute_dtype} with {options.form}",
+            names=["cpu"],
+        )
 
 
 def _merged(graphs: Iterable[LoweredGraph]) -> tuple[InitializerEntry, ...]:
@@ -108,12 +156,12 @@ def _merged(graphs: Iterable[LoweredGraph]) -> tuple[InitializerEntry, ...]:
     return tuple(merged.values())
 
 
-def _graph_entry(phase: str, graph: LoweredGraph) -> GraphEntry:
+def _graph_entry(name: str, graph: LoweredGraph) -> GraphEntry:
     def entries(values: Iterable[ir.Value]) -> tuple[TensorEntry, ...]:
         return tuple(_tensor_entry(value) for value in values)
 
     return GraphEntry(
-        f"{phase}.onnx", entries(graph.model.graph.inputs), entries(graph.model.graph.outputs)
+        f"{name}.onnx", entries(graph.model.graph.inputs), entries(graph.model.graph.outputs)
     )
 
 

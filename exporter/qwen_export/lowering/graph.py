@@ -1,4 +1,4 @@
-"""From a bundle's portable graph to the one that ONNX Runtime's CUDA provider runs best.
+"""From a bundle's portable graph to the one that ONNX Runtime runs best on CUDA, or on the CPU.
 
     portable graph ── retype ── count on the device ── attention ── linear layers ── tables ── norms
 
@@ -20,12 +20,13 @@ from qwen_export.lowering.inspect import inspect_lowered
 from qwen_export.lowering.linear import lower_linears
 from qwen_export.lowering.nodes import CONTRIB, replace_node
 from qwen_export.lowering.norms import fuse_activations, fuse_norms
-from qwen_export.lowering.options import LoweringOptions
+from qwen_export.lowering.options import LoweringOptions, Target
 from qwen_export.lowering.positions import count_on_device
 from qwen_export.lowering.stored import StoredInitializers
 from qwen_export.lowering.tables import add_next_tokens, lower_embedding, lower_tied_head
 from qwen_export.model import ops
 from qwen_export.passes.retype import COMPUTE_DTYPES, retype
+from qwen_runtime.backends.lowered_graph import SERVED_LEVEL
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.lowered_description import InitializerEntry
 
@@ -42,7 +43,10 @@ class LoweredGraph:
 
 
 def lower_graph(
-    bundle: Bundle, phase: Literal["prefill", "decode"], options: LoweringOptions
+    bundle: Bundle,
+    phase: Literal["prefill", "decode"],
+    options: LoweringOptions,
+    target: Target = "cuda",
 ) -> LoweredGraph:
     """Rewrite one of a bundle's graphs.
 
@@ -50,10 +54,11 @@ def lower_graph(
         bundle: Gives the graph; its weights are not read.
         phase: "prefill", any number of new tokens a row, or "decode", one.
         options: Type and form.
+        target: Provider that is to run it.
 
     Raises:
         TargetError: If an operator does not take the model's dimensions, or the result has a node
-            that CUDA has no kernel for.
+            that is not known to run there.
     """
     manifest = bundle.manifest
     model = ir.load(bundle.file(manifest.graphs[phase].file))
@@ -67,6 +72,8 @@ def lower_graph(
         _inline_attention(model)
     common.RemoveUnusedNodesPass()(model)
     lower_linears(model, stored)
+    if target == "cpu":
+        _round_activations(model)
     lower_embedding(model)
     lower_tied_head(model)
     fuse_activations(model)
@@ -78,8 +85,17 @@ def lower_graph(
     initializers = stored.bind(
         model.graph, manifest.weights.file, manifest.files[manifest.weights.file].num_bytes
     )
-    inspect_lowered(model.graph, options, num_hidden_layers=manifest.model.num_hidden_layers)
+    inspect_lowered(
+        model.graph, options, target, num_hidden_layers=manifest.model.num_hidden_layers
+    )
     return LoweredGraph(model, initializers)
+
+
+def _round_activations(model: ir.Model) -> None:
+    """Have quantised weights meet activations rounded to int8, for which the CPU has kernels."""
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes.add(ir.AttrInt64("accuracy_level", SERVED_LEVEL))
 
 
 def _inline_attention(model: ir.Model) -> None:

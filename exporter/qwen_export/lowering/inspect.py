@@ -1,4 +1,4 @@
-"""Whether a lowered graph is what CUDA can run from end to end, looked at node by node.
+"""Whether a lowered graph is what its provider runs from end to end, looked at node by node.
 
 One node without a CUDA kernel makes every call wait for the CPU and forbids CUDA graphs, and an
 attention with a cache that is not the layer's own answers wrongly. So nothing is taken on trust.
@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qwen_export.errors import TargetError
 from qwen_export.lowering.nodes import CONTRIB
-from qwen_export.lowering.options import LoweringOptions
+from qwen_export.lowering.options import LoweringOptions, Target
 
 __all__ = ["inspect_lowered"]
 
@@ -63,12 +63,15 @@ are on the CPU."""
 _CACHE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
-def inspect_lowered(graph: ir.Graph, options: LoweringOptions, *, num_hidden_layers: int) -> None:
+def inspect_lowered(
+    graph: ir.Graph, options: LoweringOptions, target: Target, *, num_hidden_layers: int
+) -> None:
     """Look at every node and every cache.
 
     Args:
         graph: A lowered graph.
         options: What it was lowered to.
+        target: For which provider.
         num_hidden_layers: Attention layers that it must have.
 
     Raises:
@@ -77,7 +80,7 @@ def inspect_lowered(graph: ir.Graph, options: LoweringOptions, *, num_hidden_lay
     strangers = [node for node in graph if node.op_type not in _KERNELS.get(node.domain, ())]
     if strangers:
         raise TargetError(
-            "every node of a graph for cuda must be one that runs on the device, but "
+            f"every node of a graph for {target} must be one that is known to run there, but "
             f"{strangers[0].name} is {strangers[0].domain or 'ai.onnx'}::{strangers[0].op_type}",
             names=[str(node.name) for node in strangers],
         )

@@ -1,7 +1,7 @@
 """The bundle's side: every way a caller can make it produce the same logits.
 
-Greedy tokens come from the prefill graph, which serves both phases on the CPU; the decode graph
-is then given the same tokens.
+Greedy tokens come from the portable prefill graph; the decode graph and the graph for the CPU,
+which serves both phases there, are then given the same tokens.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qwen_export.parity.case_table import (
+    GREEDY_DECODE,
+    GREEDY_PREFILL,
+    LOWERED_COPIED,
+    LOWERED_GREEDY,
+    LOWERED_WHOLE,
+    OFF_BY_ONE,
+    PREFILL_COPIED,
+    PREFILL_WHOLE,
+    SERVED,
+)
 from qwen_export.parity.observations import Observations
 from qwen_export.parity.prompts import Prompt
 from qwen_runtime.backends.base import FloatArray, IntArray, ModelRunner
 
 __all__ = [
-    "CASES",
-    "GREEDY_DECODE",
-    "GREEDY_PREFILL",
-    "OFF_BY_ONE",
-    "PREFILL_WHOLE",
-    "SERVED",
-    "Case",
     "Invariant",
     "decode_cases",
+    "lowered_cases",
     "prefill_cases",
     "served_cases",
 ]
@@ -41,43 +46,11 @@ GROWTH = 256
 """Tokens by which the capacity is raised in the middle of an answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A way of running the bundle."""
-
-    key: str
-    graph: str
-    """The graph that made the logits."""
-    description: str
-
-
-PREFILL_WHOLE = "prefill whole"
-SERVED = "as served"
-OFF_BY_ONE = "past_lengths off by one"
-GREEDY_PREFILL = "greedy on the prefill graph"
-GREEDY_DECODE = "greedy decode"
 ONE_TOKEN = "one token: a row in a batch = the row alone"
 GROWN = "decode: before growth = after growth"
 COPIED = "prefill: after a copied prefix = whole"
 AS_SERVED = "as served, "
 """Begins the names of invariants of int8 activations."""
-CASES = {
-    case.key: case
-    for case in (
-        Case(PREFILL_WHOLE, "prefill", "each prompt in one call"),
-        Case("prefill ragged", "prefill", "all prompts, each of its own length, in one call"),
-        Case("prefill in chunks of 5", "prefill", "prompts of up to 48 tokens, 5 at a time"),
-        Case("prefill in chunks of 96", "prefill", "longer prompts, 96 tokens at a time"),
-        Case("prefill batch", "prefill", "rows of equal length in one call"),
-        Case("prefill batch, row by row", "prefill", "the same rows, one call each"),
-        Case("prefill after a copied prefix", "prefill", "half the prompt reused from a slot"),
-        Case(GREEDY_PREFILL, "prefill", "one token a call, ragged batch"),
-        Case(GREEDY_DECODE, "decode", "the same tokens through the decode graph, ragged batch"),
-        Case("greedy decode, one row", "decode", "one prompt alone"),
-        Case("greedy decode, growing", "decode", "capacity raised in the middle of an answer"),
-    )
-}
-"""In the order of the ladder: what comes later rests on what comes before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +150,33 @@ def decode_cases(
     return invariants
 
 
+def lowered_cases(
+    runner: ModelRunner,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[IntArray],
+    seen: Observations,
+    advance: Advance,
+) -> None:
+    """Run what the graph for the CPU does otherwise than the portable one it was made from.
+
+    Batches of several rows and chunks are looked at where it serves, in `served_cases`.
+
+    Args:
+        runner: Serves both phases with that graph and fp32 activations.
+        prompts: One slot each.
+        tokens: The answer to each prompt, to be fed again.
+        seen: Takes the logits, under `LOWERED_CASES`.
+        advance: Called with 1 after each case.
+    """
+    longest = max(range(len(prompts)), key=lambda i: _wanted_whole(prompts[i]))
+    _prefill_whole(runner, prompts, seen, LOWERED_WHOLE)
+    advance(1)
+    _decode(runner, prompts, None, LOWERED_GREEDY, seen, feed=tokens)
+    advance(1)
+    _prefill_copied(runner, longest, prompts, seen, LOWERED_COPIED)
+    advance(1)
+
+
 def served_cases(
     runner: ModelRunner,
     prompts: Sequence[Prompt],
@@ -187,7 +187,7 @@ def served_cases(
     """Run a quantised bundle the way it is served, over prompts and answers.
 
     Args:
-        runner: Serves both phases with the prefill graph and int8 activations.
+        runner: Serves both phases with one graph and int8 activations.
         prompts: One slot each.
         tokens: The answer to each prompt, to be fed again.
         seen: Takes the logits, under `SERVED`.
@@ -282,12 +282,16 @@ def _prefill_batch(
 
 
 def _prefill_copied(
-    runner: ModelRunner, row: int, prompts: Sequence[Prompt], seen: Observations
+    runner: ModelRunner,
+    row: int,
+    prompts: Sequence[Prompt],
+    seen: Observations,
+    case: str = PREFILL_COPIED,
 ) -> None:
     logits = _copied(runner, row, prompts)
     if logits is not None:
         first = len(prompts[row].tokens) - len(logits)
-        _add(seen, "prefill after a copied prefix", row, first, logits)
+        _add(seen, case, row, first, logits)
 
 
 def _copied(runner: ModelRunner, row: int, prompts: Sequence[Prompt]) -> FloatArray | None:

@@ -18,12 +18,7 @@ import torch
 
 from qwen_export.checkpoint import Checkpoint
 from qwen_export.errors import ParityError
-from qwen_export.parity.cases import (
-    GREEDY_DECODE,
-    OFF_BY_ONE,
-    PREFILL_WHOLE,
-    SERVED,
-)
+from qwen_export.parity.case_table import GREEDY_DECODE, OFF_BY_ONE, PREFILL_WHOLE, SERVED
 from qwen_export.parity.judge import judge
 from qwen_export.parity.observations import Observations
 from qwen_export.parity.original import BundleWeights
@@ -86,9 +81,10 @@ def verify(
     Raises:
         ParityError: If the bundle is of a model of other dimensions, or in a format whose
             tolerance was never argued.
+        BundleError: If its graph for the CPU is damaged, or was made for other weights.
         BackendError: If ONNX Runtime cannot run the bundle.
     """
-    with closing(place or CpuPlace(bundle)) as opened:
+    with closing(place or CpuPlace.of(bundle)) as opened:
         report = _verify(bundle, checkpoint, opened, progress)
         if report.passed:
             opened.accept(report.max_error, report.ties)

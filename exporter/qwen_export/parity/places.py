@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from qwen_export.parity.cases import (
+from qwen_export.parity.case_table import (
     CASES,
     GREEDY_DECODE,
     GREEDY_PREFILL,
+    PORTABLE_CASES,
     PREFILL_WHOLE,
     SERVED,
+)
+from qwen_export.parity.cases import (
     Invariant,
     decode_cases,
+    lowered_cases,
     prefill_cases,
     served_cases,
 )
@@ -35,6 +39,8 @@ from qwen_runtime.backends.registry import check_backend, open_runner
 from qwen_runtime.backends.tensorrt import opening as tensorrt_opening
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.comparison import TOLERANCES, Tolerance
+from qwen_runtime.lowered_description import LOWERED_FILE
+from qwen_runtime.lowered_file import LoweredFolder, lowered_names
 
 __all__ = ["CpuPlace", "DevicePlace", "Place", "open_place"]
 
@@ -113,7 +119,7 @@ def open_place(bundle: Bundle, backend: str = "onnxruntime", device: str = CPU) 
         BundleError: If the bundle has nothing for it, or that is damaged.
     """
     if (backend, device) == ("onnxruntime", CPU):
-        return CpuPlace(bundle)
+        return CpuPlace.of(bundle)
     check_backend(backend, device)
     claim = _claim(bundle, backend)
     # A proof would refuse what is to be measured and reported here.
@@ -132,13 +138,38 @@ def _claim(bundle: Bundle, backend: str) -> Claim:
 
 @dataclass(frozen=True, slots=True)
 class CpuPlace:
-    """ONNX Runtime on the CPU: both graphs, and a quantised bundle also as it is served."""
+    """ONNX Runtime on the CPU: every graph, and a quantised bundle also as it is served."""
 
     bundle: Bundle
+    lowered: LoweredFolder | None = None
+    """Its graph for the CPU; None where it has only portable ones."""
     backend: str = "onnxruntime"
     device: str = CPU
-    cases: tuple[str, ...] = tuple(CASES)
-    documents: tuple[Path, ...] = ()
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> CpuPlace:
+        """A bundle with its graph for the CPU, hashed.
+
+        Raises:
+            BundleError: If that graph is damaged, or was made for other weights.
+        """
+        if CPU not in lowered_names(bundle.path):
+            return cls(bundle)
+        lowered = LoweredFolder.open(bundle, CPU)
+        lowered.check_hashes()
+        return cls(bundle, lowered)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """See `Place.cases`."""
+        return PORTABLE_CASES if self.lowered is None else tuple(CASES)
+
+    @property
+    def documents(self) -> tuple[Path, ...]:
+        """See `Place.documents`."""
+        if self.lowered is None:
+            return ()
+        return self.lowered.path / LOWERED_FILE, self.lowered.graph_file("prefill")
 
     @property
     def compute_dtype(self) -> str:
@@ -163,7 +194,7 @@ class CpuPlace:
         # One after the other: the packed weights are gone before both graphs are opened.
         with (
             progress("Running prefill", 4) as advance,
-            closing(OnnxRuntimeRunner(bundle, exact=quantized)) as runner,
+            closing(OnnxRuntimeRunner(bundle, exact=quantized, lowered=False)) as runner,
         ):
             answers, invariants = prefill_cases(runner, prompts, seen, advance)
         with (
@@ -171,6 +202,12 @@ class CpuPlace:
             closing(OnnxRuntimeRunner(bundle, decode_graph=True, exact=quantized)) as runner,
         ):
             invariants += decode_cases(runner, prompts, answers, control, seen, advance)
+        if self.lowered is not None:
+            with (
+                progress("Running the graph for the CPU", 3) as advance,
+                closing(OnnxRuntimeRunner(bundle, exact=quantized)) as runner,
+            ):
+                lowered_cases(runner, prompts, answers, seen, advance)
         if quantized:
             # fp32 activations meet quantised weights in another kernel for one token than for
             # many; what a caller sees is whether the kernels that serve differ.
@@ -197,7 +234,7 @@ class DevicePlace:
         claim: What it runs of it.
     """
 
-    cases = tuple(key for key in CASES if key != GREEDY_PREFILL)
+    cases = tuple(key for key in PORTABLE_CASES if key != GREEDY_PREFILL)
 
     def __init__(self, runner: Any, bundle: Bundle, claim: Claim) -> None:
         self._runner, self._bundle, self._claim = runner, bundle, claim

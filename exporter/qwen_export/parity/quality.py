@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qwen_export.parity.cases import SERVED
+from qwen_export.parity.case_table import SERVED
 from qwen_export.parity.observations import Observation, Observations
 from qwen_runtime.backends.base import FloatArray
 from qwen_runtime.check import MAX_SERVED_ERROR

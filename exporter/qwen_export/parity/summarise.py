@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_export.parity.cases import CASES, OFF_BY_ONE, Invariant
+from qwen_export.parity.case_table import CASES, OFF_BY_ONE
+from qwen_export.parity.cases import Invariant
 from qwen_export.parity.judge import Judged, TopLogits
 from qwen_export.parity.prompts import Prompt
 from qwen_export.parity.quality import Quality

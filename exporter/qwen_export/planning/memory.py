@@ -25,9 +25,9 @@ __all__ = [
     "COMPUTE_BYTES",
     "Layout",
     "RunMemory",
+    "is_lowered",
     "kv_bytes",
     "run_memory",
-    "streamed_bytes",
 ]
 
 COMPUTE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -36,8 +36,10 @@ _ROTARY = "model.rotary_emb."
 
 _RUN_PROCESS = 84_000_000
 """Python with NumPy, ONNX Runtime, its session and this package, after loading. With it
-`RunMemory.total` is 2 to 6 % below the resident memory of Qwen2.5-0.5B (24 layers) in int8 and int4
-at 256 to 1,024 tokens; the arena rounds activations up."""
+`RunMemory.total` is within 1 % of the resident memory of the Qwen2.5-0.5B shape (24 layers) in int8
+and int4 at 256 and 1,024 tokens."""
+_GROUP_QUERY_UNIT = 8
+"""What GroupQueryAttention wants a head_dim to be a multiple of (`qwen_export.lowering.attention`)."""
 _HEAP_LIMIT = 32 << 20
 """Bytes from which glibc gives every freed buffer back to the system. Packing a tensor to compare
 it with the saved form raises its limit up to this; without a packed cache buffers are larger than
@@ -83,6 +85,11 @@ class Layout:
     def total(self) -> int:
         """All of it."""
         return self.linears + self.embedding + self.head + self.rotary
+
+    @property
+    def streamed(self) -> int:
+        """What a decode step reads whole."""
+        return self.linears + self.head
 
 
 def _part(name: str, *, tied: bool) -> str:
@@ -130,6 +137,16 @@ class RunMemory:
         return used + self.outgrown + self.process
 
 
+def is_lowered(config: ModelConfig, *, quantized: bool) -> bool:
+    """Whether a build gives a bundle a graph for the CPU.
+
+    Args:
+        config: Gives head_dim.
+        quantized: Whether its weights are int8 or int4.
+    """
+    return quantized and config.head_dim % _GROUP_QUERY_UNIT == 0
+
+
 def kv_bytes(
     config: ModelConfig, *, context: int, batch: int, limit: int, compute_bytes: int = 4
 ) -> int:
@@ -156,6 +173,7 @@ def run_memory(
     limit: int,
     compute_dtype: str = "fp32",
     packed_cache: bool = False,
+    lowered: bool = False,
 ) -> RunMemory:
     """Memory at run time: on the CPU for fp32 compute, of an engine on a GPU otherwise.
 
@@ -167,6 +185,7 @@ def run_memory(
         limit: The bundle's limit, where capacities end.
         compute_dtype: Of activations and caches.
         packed_cache: Whether the CPU maps its packed weights from the user's cache folder.
+        lowered: Whether the CPU runs a graph of its own instead of the portable one.
     """
     num_bytes = COMPUTE_BYTES[compute_dtype]
     on_gpu = compute_dtype != "fp32"
@@ -193,27 +212,35 @@ def run_memory(
         mapped=mapped,
         kv_cache=batch * row,
         kept_prompts=kept,
-        activations=_activations(config, context, batch, limit, num_bytes, scores=not on_gpu),
+        activations=_activations(
+            config, context, batch, limit, num_bytes, on_gpu=on_gpu, lowered=lowered
+        ),
         outgrown=kept if packed_cache and not on_gpu and largest < _HEAP_LIMIT else 0,
         process=0 if on_gpu else _RUN_PROCESS,
     )
 
 
 def _activations(
-    config: ModelConfig, context: int, batch: int, limit: int, num_bytes: int, *, scores: bool
+    config: ModelConfig,
+    context: int,
+    batch: int,
+    limit: int,
+    num_bytes: int,
+    *,
+    on_gpu: bool,
+    lowered: bool,
 ) -> int:
     tokens = min(context, PREFILL_CHUNK)
     capacity = min(rounded_capacity(context), limit)
     # gate, up, their product and one in flight; hidden states, residual, queries and output.
     widest = 4 * config.intermediate_size + 4 * config.hidden_size
-    total = tokens * widest * num_bytes + batch * config.vocab_size * 4
-    if scores:
-        # The CPU's Attention holds the scores of all heads at once, before and after softmax;
-        # engines fuse them away.
-        total += 2 * config.num_attention_heads * tokens * capacity * num_bytes
-    return total
-
-
-def streamed_bytes(layout: Layout, kv_cache_of_length: int) -> int:
-    """Bytes that a decode step of one row reads: every linear, the head once, the caches."""
-    return layout.linears + layout.head + kv_cache_of_length
+    call, logits = tokens * widest * num_bytes, batch * config.vocab_size * 4
+    if on_gpu:
+        return call + logits
+    if lowered:
+        # ONNX Runtime's arena keeps the buffers of the first call and the block that it plans for
+        # the next ones: 43 MB, then 90 and no more, for the 0.5B shape at any capacity.
+        return 2 * call + logits
+    # The portable Attention holds the scores of all heads at once, before and after softmax; fused
+    # ones take them a tile at a time.
+    return call + logits + 2 * config.num_attention_heads * tokens * capacity * num_bytes

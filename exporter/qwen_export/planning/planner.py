@@ -15,9 +15,9 @@ from qwen_export.planning.memory import (
     COMPUTE_BYTES,
     Layout,
     RunMemory,
+    is_lowered,
     kv_bytes,
     run_memory,
-    streamed_bytes,
 )
 from qwen_export.planning.settings import Setting, settings
 from qwen_export.planning.sizes import (
@@ -137,6 +137,8 @@ class PrecisionPlan:
     packed_cache: int = 0
     """Bytes that the first run on a CPU leaves in the user's cache folder; 0 where it packs its
     weights in memory."""
+    lowered: bool = False
+    """Whether a CPU runs a graph of its own, in lowered/cpu, instead of the portable one."""
     memory: tuple[RunMemory, ...] = ()
     speed: tuple[Speed, ...] = ()
 
@@ -257,15 +259,19 @@ def _precision(
     }
     in_fp32 = Layout.of(stored_bytes(plain), tied=source.tying.tied)
     peak = build_peak(source, sources, num_layers=layers, calibration=calibration)
-    disk = disk_size(source, sources, num_layers=layers)
-    packed_cache = packed_cache_bytes(stored, disk.weights, tied=source.tying.tied)
+    lowered = is_lowered(config, quantized=recipe is not None)
+    disk = disk_size(source, sources, num_layers=layers, lowered=lowered)
+    packed_cache = packed_cache_bytes(
+        stored, disk.weights, tied=source.tying.tied, lowered=lowered
+    )
     return PrecisionPlan(
         precision,
         None,
         disk=disk,
         build_peak=peak,
-        verified_build_peak=max(peak, verify_peak(config, in_fp32)),
+        verified_build_peak=max(peak, verify_peak(config, in_fp32, precision=precision)),
         packed_cache=packed_cache,
+        lowered=lowered,
         memory=tuple(
             run_memory(
                 config,
@@ -275,12 +281,15 @@ def _precision(
                 limit=limit,
                 compute_dtype=dtype,
                 packed_cache=packed_cache > 0,
+                lowered=lowered,
             )
             for dtype in options.compute_dtypes
             for batch in options.batches
             for context in contexts
         ),
-        speed=_speeds(config, layouts["fp32"], precision, limit, contexts, bandwidth),
+        speed=_speeds(
+            config, layouts["fp32"], precision, limit, contexts, bandwidth, lowered=lowered
+        ),
     )
 
 
@@ -291,16 +300,21 @@ def _speeds(
     limit: int,
     contexts: Sequence[int],
     bandwidth: float | None,
+    *,
+    lowered: bool,
 ) -> tuple[Speed, ...]:
     if bandwidth is None:
         return ()
     return tuple(
         expected_speed(
-            streamed_bytes(layout, kv_bytes(config, context=context, batch=1, limit=limit)),
+            config,
+            layout.streamed,
+            # The portable graph's attention costs by a cache's capacity.
+            kv_bytes(config, context=context, batch=1, limit=context if lowered else limit),
             precision=precision,
-            num_layers=config.num_hidden_layers,
             context=context,
             bandwidth=bandwidth,
+            lowered=lowered,
         )
         for context in contexts
     )

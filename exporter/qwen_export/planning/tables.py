@@ -174,6 +174,13 @@ def _notes(plan: Plan) -> Text:
             "Mapped pages belong to weights.bin or the packed cache; the system may drop them "
             "when memory is short."
         )
+    if "cpu" in devices and any(
+        entry.precision != "fp32" and not entry.lowered for entry in _possible(plan)
+    ):
+        notes.append(
+            "int8 and int4 run the portable graph on a CPU: the faster one has an attention that "
+            "does not take this head_dim."
+        )
     if any(entry.precision != "fp32" for entry in _possible(plan)):
         notes.append("~ An estimate: by what verification of fp32 bundles was measured to need.")
     if any(entry.packed_cache for entry in plan.precisions):

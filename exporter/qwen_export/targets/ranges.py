@@ -17,7 +17,7 @@ from qwen_export.errors import TargetError
 from qwen_export.passes.retype import residual_nodes
 from qwen_export.progress import Progress, no_progress
 from qwen_runtime.backends.base import IntArray
-from qwen_runtime.backends.sessions import import_onnxruntime
+from qwen_runtime.backends.versions import import_onnxruntime
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.engine_description import RangeEntry
 

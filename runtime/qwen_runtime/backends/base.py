@@ -13,7 +13,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ArgmaxRunner", "FloatArray", "IntArray", "Limits", "ModelRunner"]
+__all__ = [
+    "ArgmaxRunner",
+    "FloatArray",
+    "IntArray",
+    "Limits",
+    "ModelRunner",
+    "TopLogits",
+    "TopLogitsRunner",
+]
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -110,4 +118,45 @@ class ArgmaxRunner(Protocol):
 
         Raises:
             BackendError: If a row's logits hold a NaN.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogits:
+    """What is highest among each row's logits of a step."""
+
+    best: IntArray
+    """The token with the highest logit, the lowest of equal ones, [rows]."""
+    logits: FloatArray
+    """The highest logits, [rows, K]: no other one of the row is higher than the lowest of them."""
+    tokens: IntArray
+    """Their token ids, [rows, K]; where equal logits compete for the last places, any of them."""
+
+
+@runtime_checkable
+class TopLogitsRunner(Protocol):
+    """What a `ModelRunner` may be able to do besides: find the highest logits where they are."""
+
+    @property
+    def num_top(self) -> int:
+        """How many of a row `decode_top` brings; 0 where it does not work with these graphs."""
+
+    def decode_top(self, slots: Sequence[int], tokens: Sequence[int]) -> TopLogits:
+        """As `ModelRunner.decode`, bringing only each row's highest logits.
+
+        Returns:
+            Rows as in ``slots``; valid until the next call.
+
+        Raises:
+            BackendError: If a row's logits hold a NaN.
+        """
+
+    def whole_logits(self, slots: Sequence[int]) -> FloatArray:
+        """All logits of some rows of the step that `decode_top` ran just before.
+
+        Args:
+            slots: Of those rows.
+
+        Returns:
+            [len(slots), V] float32; valid until the next call.
         """

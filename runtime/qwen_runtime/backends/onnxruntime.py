@@ -3,24 +3,30 @@
 One session over the prefill graph serves both phases. MatMul weights are packed when a session
 loads; a second session over the decode graph would hold a second packed copy of every weight
 (measured: docs/decisions.md), and at one token per row the two graphs cost the same.
+
+The prefill graph is the one in ``lowered/cpu`` where a bundle has it, as those of int8 and int4
+weights do, else the portable one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_runtime.backends.base import FloatArray, IntArray, Limits
+from qwen_runtime.backends.prompt_calls import cut, uniform_runs
 from qwen_runtime.backends.sessions import (
+    TOTAL_LENGTH,
     SessionSettings,
     check_threads,
-    import_onnxruntime,
     open_session,
 )
+from qwen_runtime.backends.versions import import_onnxruntime
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.cache import KVCache
 from qwen_runtime.errors import BackendError, RequestError
@@ -54,6 +60,8 @@ class OnnxRuntimeRunner:
             and graph at the tolerance of fp32. Otherwise activations are rounded to int8 for it,
             each block of a token by its own scale: what a bundle is served with, and several
             times faster. Float weights know no difference.
+        lowered: Run the bundle's graph for the CPU where it has one, instead of the portable one;
+            not with ``decode_graph``.
         packed_cache: Map quantised weights from the user's cache folder, where the first load
             saves them packed (`qwen_runtime.backends.packed_cache`). Otherwise, and where the
             folder cannot be written, or with ``exact``, every load packs them in memory.
@@ -70,6 +78,7 @@ class OnnxRuntimeRunner:
         threads: int | None = None,
         decode_graph: bool = False,
         exact: bool = False,
+        lowered: bool = True,
         packed_cache: bool = True,
     ) -> None:
         manifest = bundle.manifest
@@ -92,11 +101,18 @@ class OnnxRuntimeRunner:
             max_context=manifest.max_context,
         )
         settings = SessionSettings(
-            threads, packed=not decode_graph, exact=exact, cached=packed_cache
+            threads,
+            packed=not decode_graph,
+            exact=exact,
+            lowered=lowered and not decode_graph,
+            cached=packed_cache,
         )
         open_graph = partial(open_session, ort, bundle, settings=settings)
         self._prefill = open_graph("prefill")
         self._decode = open_graph("decode") if decode_graph else None
+        self._fused = _takes(self._prefill, TOTAL_LENGTH)
+        self._block = gcd(2 * manifest.model.head_dim, _BLOCK_UNIT) if self._fused else None
+        self._graph = _LOWERED if self._fused else manifest.graphs["prefill"].file
         self._bindings: dict[tuple[int, int], _DecodeBinding] = {}
         self._logits = _no_steps(self._limits)
 
@@ -104,6 +120,11 @@ class OnnxRuntimeRunner:
     def limits(self) -> Limits:
         """Sizes that do not change."""
         return self._limits
+
+    @property
+    def graph(self) -> str:
+        """The file in the bundle that runs prompts: of the lowered graph, or the portable one."""
+        return self._graph
 
     @property
     def num_slots(self) -> int:
@@ -152,12 +173,16 @@ class OnnxRuntimeRunner:
     ) -> list[FloatArray]:
         """See `ModelRunner.prefill`.
 
-        Rows of equal length in neighbouring slots share a call, as far as PREFILL_CHUNK goes;
-        others run one by one. No row is padded: padding would cost time, and a row's numbers would depend on its neighbours.
+        Rows of equal length in neighbouring slots share a call, as far as PREFILL_CHUNK goes, in a
+        lowered graph only where they begin; others run one by one. No row is padded: padding would
+        cost time, and a row's numbers would depend on its neighbours.
         """
         self.grow(max(p + len(t) for p, t in zip(past, tokens, strict=True)))
         logits: list[FloatArray] = [_NO_LOGITS] * len(slots)
-        for rows in _uniform_runs(slots, tokens, want):
+        runs = uniform_runs(
+            slots, tokens, past, want, PREFILL_CHUNK, fused=self._fused, block=self._block
+        )
+        for rows in runs:
             first = slots[rows[0]]
             block = np.stack([tokens[row] for row in rows])
             lengths = np.array([past[row] for row in rows], np.int64)
@@ -187,7 +212,7 @@ class OnnxRuntimeRunner:
             chosen, rows = order[start:stop], ordered[start:stop] - ordered[start]
             binding.input_ids[:] = 0
             binding.input_ids[rows, 0] = np.asarray(tokens)[chosen]
-            binding.past_lengths[:] = lengths[ordered[start] : ordered[stop - 1] + 1]
+            binding.set_lengths(lengths[ordered[start] : ordered[stop - 1] + 1])
             _run(binding.session, binding.io)
             if len(spans) > 1:
                 logits[chosen] = binding.logits[rows, 0]
@@ -232,7 +257,7 @@ class OnnxRuntimeRunner:
         batch, length = block.shape
         wanted = np.arange(length - want, length)
         parts: list[FloatArray] = []
-        for start, stop in _chunks(length):
+        for start, stop in cut(length, PREFILL_CHUNK, self._block):
             chunk = np.ascontiguousarray(block[:, start:stop])
             inside = wanted[(wanted >= start) & (wanted < stop)] - start
             # Engines dislike empty tensors: a chunk without wanted positions asks for its first.
@@ -243,6 +268,9 @@ class OnnxRuntimeRunner:
             io.bind_cpu_input("input_ids", chunk)
             io.bind_cpu_input("past_lengths", chunk_past)
             io.bind_cpu_input("logits_indices", indices)
+            total = np.array([chunk_past.max() + stop - start], np.int32)
+            if self._fused:
+                io.bind_cpu_input(TOTAL_LENGTH, total)
             io.bind_output("logits", "cpu")
             _bind_cache(io, self._cache, first, first + batch)
             _run(self._prefill, io)
@@ -266,7 +294,11 @@ class OnnxRuntimeRunner:
 
 
 _PARTS = ("key", "value")
+_BLOCK_UNIT = 32
+"""GroupQueryAttention takes 2 * head_dim tokens at a time, or fewer where the processor's second
+cache is small for that; this divides what it takes with any such cache of whole 256 KiB."""
 _FIRST = np.zeros(1, np.int64)
+_LOWERED = "lowered/cpu/prefill.onnx"
 _NO_LOGITS: FloatArray = np.empty((0, 0), np.float32)
 
 
@@ -282,19 +314,34 @@ class _DecodeBinding:
         rows = last - first
         self.session = session
         self.input_ids = np.zeros((rows, 1), np.int64)
-        self.past_lengths = np.zeros(rows, np.int64)
+        self._past_lengths = np.zeros(rows, np.int64)
+        self._total = np.zeros(1, np.int32)
         self.logits = logits
         self._indices = np.zeros((rows, 1), np.int64)
         self.io = session.io_binding()
-        inputs = {"input_ids": self.input_ids, "past_lengths": self.past_lengths}
-        if any(entry.name == "logits_indices" for entry in session.get_inputs()):
-            inputs["logits_indices"] = self._indices
+        inputs: dict[str, npt.NDArray[Any]] = {
+            "input_ids": self.input_ids,
+            "past_lengths": self._past_lengths,
+            "logits_indices": self._indices,
+            TOTAL_LENGTH: self._total,
+        }
         for name, array in inputs.items():
-            self.io.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
+            if _takes(session, name):
+                self.io.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         self.io.bind_output(
             "logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data
         )
         _bind_cache(self.io, cache, first, last)
+
+    def set_lengths(self, lengths: IntArray) -> None:
+        """Say how many tokens each row has, [rows]."""
+        self._past_lengths[:] = lengths
+        self._total[0] = lengths.max() + 1
+
+
+def _takes(session: Any, name: str) -> bool:
+    """Whether a session's graph has an input."""
+    return any(entry.name == name for entry in session.get_inputs())
 
 
 def _no_steps(limits: Limits) -> FloatArray:
@@ -307,38 +354,6 @@ def _bind_cache(io: Any, cache: KVCache, first: int, last: int) -> None:
         place = ("cpu", 0, cache.dtype, view.shape, view.ctypes.data)
         io.bind_input(f"past_key_values.{name}", *place)
         io.bind_output(f"present.{name}", *place)
-
-
-def _chunks(length: int) -> Iterator[tuple[int, int]]:
-    """Cut a row of new tokens so that the cuts change no bit.
-
-    One token rounds otherwise than several, so none is left alone; a kernel for 8-bit weights takes
-    tokens in pairs, so every cut is at an even place.
-    """
-    cuts = [*range(0, length, PREFILL_CHUNK), length]
-    if length > PREFILL_CHUNK and length % PREFILL_CHUNK == 1:
-        cuts[-2] -= 2
-    return pairwise(cuts)
-
-
-def _uniform_runs(
-    slots: Sequence[int], tokens: Sequence[IntArray], want: Sequence[int]
-) -> Iterator[list[int]]:
-    """Rows grouped so that a group has neighbouring slots, one length, one want and few tokens."""
-    run: list[int] = []
-    for row in sorted(range(len(slots)), key=slots.__getitem__):
-        last = run[-1] if run else None
-        if last is not None and (
-            slots[row] != slots[last] + 1
-            or (len(run) + 1) * len(tokens[row]) > PREFILL_CHUNK
-            or len(tokens[row]) != len(tokens[last])
-            or want[row] != want[last]
-        ):
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
 
 
 def _run(session: Any, io: Any) -> None:

@@ -7,32 +7,25 @@ logits are wrong without an error. `rewrite` moves every buffer to a multiple of
 unpacked form of a packed tensor stays in the file: a session packs it once more, one tensor at a
 time, and maps the saved buffer only if that gives the same bytes.
 
-The three messages on the way to the positions of tensors are read and written here::
-
-    ModelProto.graph (7) - GraphProto.initializer (5) - TensorProto.external_data (13)
-        - key (1): offset, length, prepacked_0, ...
-        - value (2): bytes; for a packed tensor "kernel|offset;length;checksum|offset;..."
+Of a packed tensor, external_data also has prepacked_0, ...: "kernel|offset;length;checksum|..."
 
 Source:
-    onnx.proto of ONNX 1.23; ``ExternalDataInfo`` of ONNX Runtime for the packed value.
+    ``ExternalDataInfo`` of ONNX Runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from qwen_runtime.backends.model_file import Entries, with_external_data
 from qwen_runtime.errors import BackendError
-from qwen_runtime.protobuf import BYTES, fields, message
 
 __all__ = ["ALIGNMENT", "rewrite"]
 
 ALIGNMENT = 4096
 """Bytes; a page, which is a multiple of what any kernel rounds to."""
 _COPY_BYTES = 16 << 20
-_GRAPH, _INITIALIZER, _EXTERNAL_DATA = 7, 5, 13
-_KEY, _VALUE = 1, 2
 
 
 def rewrite(model: Path, data: Path, target: Path) -> None:
@@ -44,13 +37,13 @@ def rewrite(model: Path, data: Path, target: Path) -> None:
         target: The file to create, in the same folder.
 
     Raises:
-        BackendError: If the model is not of the form described above.
+        BackendError: If the model is not of that form.
         OSError: If a file cannot be read or written.
     """
     with data.open("rb") as source, target.open("xb") as file:
         tensors = _Tensors(source, file, target.name)
         try:
-            saved = _inside(model.read_bytes(), _GRAPH, lambda graph: _graph(graph, tensors))
+            saved = with_external_data(model.read_bytes(), tensors.moved)
         except (IndexError, KeyError, UnicodeDecodeError, ValueError) as error:
             raise BackendError(
                 f"{model} must be a model that ONNX Runtime saved with packed weights: {error!r}"
@@ -65,7 +58,7 @@ class _Tensors:
         self._source, self._file, self._location = source, file, location
         self._end = 0
 
-    def moved(self, entries: dict[str, str]) -> dict[str, str]:
+    def moved(self, _name: str, entries: Entries) -> Entries:
         """The entries of one tensor for the new file."""
         offset = self._copy(int(entries["offset"]), int(entries["length"]))
         moved = {**entries, "location": self._location, "offset": str(offset)}
@@ -94,36 +87,3 @@ class _Tensors:
             self._file.write(block)
             length -= len(block)
         return start
-
-
-def _graph(graph: bytes, tensors: _Tensors) -> bytes:
-    return _inside(graph, _INITIALIZER, lambda tensor: _tensor(tensor, tensors))
-
-
-def _tensor(tensor: bytes, tensors: _Tensors) -> bytes:
-    entries = {}
-    others = []
-    for field in fields(tensor):
-        if field[0] == _EXTERNAL_DATA:
-            entry = {number: contents.decode() for number, _, contents in fields(field[2])}
-            entries[entry[_KEY]] = entry[_VALUE]
-        else:
-            others.append(field)
-    if not entries:
-        return tensor
-    return message(others) + message(
-        (
-            _EXTERNAL_DATA,
-            BYTES,
-            message([(_KEY, BYTES, key.encode()), (_VALUE, BYTES, value.encode())]),
-        )
-        for key, value in tensors.moved(entries).items()
-    )
-
-
-def _inside(outer: bytes, number: int, change: Callable[[bytes], bytes]) -> bytes:
-    """The message with the contents of every field of that number changed."""
-    return message(
-        (field[0], field[1], change(field[2])) if field[0] == number else field
-        for field in fields(outer)
-    )

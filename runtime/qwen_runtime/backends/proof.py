@@ -29,7 +29,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_runtime.backends.base import ArgmaxRunner, IntArray, ModelRunner
+from qwen_runtime.backends.base import (
+    ArgmaxRunner,
+    FloatArray,
+    IntArray,
+    ModelRunner,
+    TopLogitsRunner,
+)
 from qwen_runtime.backends.device_seam import DeviceInfo
 from qwen_runtime.backends.packed_cache import user_cache
 from qwen_runtime.bundle import Bundle, sha256_of
@@ -96,8 +102,8 @@ def prove(
 ) -> ReplayResult | None:
     """Replay a bundle's reference on an engine, unless that was done here before.
 
-    Where the engine chooses tokens itself, those are compared with its logits as well: greedy
-    requests see nothing else.
+    Where the engine chooses tokens itself, or the highest logits, those are compared with all its
+    logits as well: most requests see nothing else.
 
     Args:
         runner: The engine, loaded; its slots are empty afterwards.
@@ -165,7 +171,7 @@ def _measure_advice(bundle: Bundle, claim: Claim) -> str:
 def _check_chosen(
     runner: ModelRunner, data: ReferenceData, tolerance: float, claim: Claim, device: DeviceInfo
 ) -> None:
-    """Compare the tokens that a device chooses with its logits, over all prompts at once.
+    """Compare what a device chooses of its logits with all of them, over all prompts at once.
 
     Args:
         runner: With every prompt and its steps in the slots, as `replay` leaves them.
@@ -175,9 +181,12 @@ def _check_chosen(
         device: The GPU it runs on.
 
     Raises:
-        BackendError: If a token is not one with the highest logit.
+        BackendError: If a token is not one with the highest logit, or a logit among the highest is
+            not one of them.
     """
-    if not (isinstance(runner, ArgmaxRunner) and runner.has_argmax):
+    argmax = runner if isinstance(runner, ArgmaxRunner) and runner.has_argmax else None
+    top = runner if isinstance(runner, TopLogitsRunner) and runner.num_top else None
+    if argmax is None:
         return
     rows = [np.concatenate((row.prompt, row.steps)) for row in data.rows]
     slots, last = range(len(rows)), [int(row[-1]) for row in rows]
@@ -191,7 +200,7 @@ def _check_chosen(
     # Twice, because a step that comes again may be launched from a recording.
     for _ in range(2):
         rewind()
-        chosen: IntArray = runner.decode_argmax(slots, last)
+        chosen: IntArray = argmax.decode_argmax(slots, last)
         for row, token, values in zip(data.rows, chosen.tolist(), logits, strict=True):
             highest = float(values.max())
             allowed = tolerance * float(np.abs(values).max())
@@ -201,6 +210,32 @@ def _check_chosen(
                     f"{device.name}, but after prompt {row.name!r} it chose {token} where token "
                     f"{int(values.argmax())} has it; {claim.advice}"
                 )
+        if top is None:
+            continue
+        rewind()
+        found = top.decode_top(slots, last)
+        whole = top.whole_logits(slots)
+        for index, (row, values) in enumerate(zip(data.rows, logits, strict=True)):
+            allowed = tolerance * float(np.abs(values).max())
+            if _are_highest(found.logits[index], found.tokens[index], values, allowed) and (
+                np.abs(whole[index] - values).max() <= allowed
+            ):
+                continue
+            raise BackendError(
+                f"{claim.name} must find the highest logits on {device.name}, but after prompt "
+                f"{row.name!r} brought others; {claim.advice}"
+            )
+
+
+def _are_highest(logits: FloatArray, tokens: IntArray, values: FloatArray, allowed: float) -> bool:
+    """Whether some logits are a row's, [V], each once, and no other one is higher than they are."""
+    if tokens.min() < 0 or tokens.max() >= len(values) or len(np.unique(tokens)) < len(tokens):
+        return False
+    others = np.delete(values, tokens)
+    return bool(
+        np.abs(logits - values[tokens]).max() <= allowed
+        and others.max(initial=-np.inf) <= logits.min() + allowed
+    )
 
 
 def _that_fits(data: ReferenceData, capacity: int, claim: Claim) -> ReferenceData:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from qwen_runtime.bandwidth import read_bandwidth
 from qwen_runtime.bench.environment import Environment, OtherWork, peak_memory_bytes
 from qwen_runtime.bench.measure import measure
+from qwen_runtime.bench.model_clock import graph_of
 from qwen_runtime.bench.options import BenchOptions
 from qwen_runtime.bench.prompts import random_prompts
 from qwen_runtime.bench.result import BenchResult, BundleFacts, LengthResult, Run
@@ -64,6 +65,7 @@ def bench(
     started = time.perf_counter()
     with open_llm(bundle, options.threads) as llm:
         load_s = time.perf_counter() - started
+        graph = graph_of(llm)
         others = OtherWork()
         runs = {length: _runs(llm, options, length, progress) for length in lengths}
         other_cores = others.cores()
@@ -71,7 +73,7 @@ def bench(
     bandwidth = read_bandwidth(environment.threads)
     return BenchResult(
         command=_command(bundle, options, environment.threads),
-        bundle=_facts(bundle),
+        bundle=_facts(bundle, graph),
         options=options,
         environment=environment,
         load_s=load_s,
@@ -101,7 +103,7 @@ def _runs(llm: LLM, options: BenchOptions, length: int, progress: Progress) -> l
     return runs[1:]  # the first warmed up caches, buffers and the engine's plans
 
 
-def _facts(bundle: Bundle) -> BundleFacts:
+def _facts(bundle: Bundle, graph: str | None) -> BundleFacts:
     manifest = bundle.manifest
     return BundleFacts(
         path=str(bundle.path),
@@ -112,6 +114,7 @@ def _facts(bundle: Bundle) -> BundleFacts:
         parity=manifest.parity.status,
         manifest_sha256=sha256_of(bundle.path / MANIFEST_FILE),
         weights_bytes=manifest.files[manifest.weights.file].num_bytes,
+        graph=graph,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qwen_runtime.backends.base import FloatArray, IntArray, ModelRunner
 from qwen_runtime.llm import LLM
 
-__all__ = ["ModelClock", "timed_calls"]
+__all__ = ["ModelClock", "graph_of", "timed_calls"]
 
 
 class ModelClock:
@@ -50,6 +50,12 @@ class ModelClock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
+
+
+def graph_of(llm: LLM) -> str | None:
+    """The file in its bundle that an LLM's prompts run on; None where its engine names none."""
+    graph: str | None = getattr(llm._engine.model._runner, "graph", None)
+    return graph
 
 
 @contextmanager

@@ -149,6 +149,9 @@ class BundleFacts:
     manifest_sha256: str
     """Stands for the whole bundle: the manifest holds the hash of every core file."""
     weights_bytes: int
+    graph: str | None
+    """Its file that prompts ran on: the portable graph, or the one for the CPU; None where the
+    engine names none."""
 
 
 @dataclass(frozen=True, slots=True)

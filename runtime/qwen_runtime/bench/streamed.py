@@ -32,7 +32,7 @@ class StreamedBytes:
         A table of which only rows are looked up is left out: the rotary tables, and an embedding
         unless logits come from it too. A weight that is cast counts as what it is cast to, for an
         engine casts it once, when it loads; any other as it is stored. Two views of the same bytes
-        of the file count once.
+        of the file count once. A graph for the CPU is made of the same tensors and reads as much.
 
         Raises:
             BundleError: If the graph cannot be read.

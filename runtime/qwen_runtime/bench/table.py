@@ -60,10 +60,11 @@ def row(length: LengthResult) -> list[str]:
 def describe_bundle(result: BenchResult) -> str:
     """Which bundle it is."""
     bundle = result.bundle
+    graph = f"graph {bundle.graph}, " if bundle.graph is not None else ""
     return (
         f"{bundle.source}: {bundle.precision} weights ({bundle.weights_bytes / 1e6:,.1f} MB), "
-        f"{bundle.compute_dtype} compute, parity {bundle.parity.replace('_', ' ')}, manifest "
-        f"{bundle.manifest_sha256[:12]}"
+        f"{bundle.compute_dtype} compute, {graph}parity {bundle.parity.replace('_', ' ')}, "
+        f"manifest {bundle.manifest_sha256[:12]}"
     )
 
 

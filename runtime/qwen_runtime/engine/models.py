@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
-
-from qwen_runtime.backends.base import ArgmaxRunner, FloatArray, ModelRunner
+from qwen_runtime.backends.base import FloatArray, ModelRunner
 from qwen_runtime.cache import rounded_capacity
+from qwen_runtime.engine.choosing import Chooser
 from qwen_runtime.engine.chunks import chunk_end
+from qwen_runtime.engine.compaction import Compactor
 from qwen_runtime.engine.prefix import KEPT_SLOTS, MIN_SHARED, PrefixCache, shared_length
 from qwen_runtime.engine.slots import SlotManager
 from qwen_runtime.errors import BackendError, CapacityError
@@ -24,7 +24,8 @@ __all__ = ["Model", "RowFeed", "RowResult"]
 class RowFeed:
     """A feed and the slots of the request it belongs to."""
 
-    slots: Sequence[int]
+    slots: list[int]
+    """The request's own list: where one of its rows moves, its place here changes."""
     feed: Feed
     copies: Sequence[RowCopy] = ()
     """What to copy between the request's rows before the feed runs."""
@@ -44,8 +45,8 @@ class RowResult:
     """What a feed brought."""
 
     logits: FloatArray | None
-    """[want, V], or [1, 0] where the feed's `TokenChoice` has the token; None where tokens of the
-    feed are still to run."""
+    """[want, V], or [1, 0] where the feed's `TokenChoice` has what it takes; None where tokens of
+    the feed are still to run."""
     progress: int
     """Tokens of the feed that lie in the cache now."""
     num_cached: int = 0
@@ -62,6 +63,8 @@ class Model:
     A prompt whose beginning lies in some slot is computed from there on. Slots keep their tokens
     after their request for that, as long as nobody else needs them.
 
+    Rows of a decode step that lie apart move together before it, into slots that hold nothing.
+
     Args:
         runner: What executes the graphs.
         kept_slots: How many slots keep their tokens; 0 computes every prompt whole.
@@ -69,9 +72,11 @@ class Model:
 
     def __init__(self, runner: ModelRunner, *, kept_slots: int = KEPT_SLOTS) -> None:
         self._runner = runner
-        self._argmax = runner if isinstance(runner, ArgmaxRunner) and runner.has_argmax else None
+        self._chooser = Chooser(runner)
         self._slots = SlotManager()
         self._prefixes = PrefixCache(kept_slots)
+        self._compactor = Compactor()
+        self._asked_slots = 0
         self._lock = threading.Lock()
         self._num_borrowed = 0
         self._closed = False
@@ -99,7 +104,11 @@ class Model:
         """
         with self._lock:
             self._require_open()
-            slots, capacity = self._slots.num_slots, max(self._runner.capacity, 1)
+            capacity = max(self._runner.capacity, 1)
+            # Rows that moved together would have buffers shrink whenever load falls for a moment,
+            # and grow slot by slot when it rises, each time by copying all.
+            allocated = min(self._asked_slots - 1, self._runner.num_slots)
+            slots = self._asked_slots = max(self._slots.num_slots, allocated)
             try:
                 self._make_room(partial(self._runner.allocate, slots, capacity), capacity)
             except CapacityError:
@@ -111,11 +120,7 @@ class Model:
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back; what they hold may be kept until others need them."""
         with self._lock:
-            self._slots.release(slots)
-            for slot in sorted(slots, reverse=True):  # of equal ones the lowest stays
-                self._truncate(slot, self._prefixes.keep(slot))
-                for covered in self._prefixes.covered_by(slot, self._kept()):
-                    self._drop(covered)
+            self._release(slots)
 
     def borrow(self, count: int) -> list[int]:
         """Take slots for a request of another engine, with room for them.
@@ -180,7 +185,16 @@ class Model:
 
     def _take(self, count: int) -> list[int]:
         """Take free slots, those that hold something last."""
+        if not self._slots.num_used:
+            self._asked_slots = 0
         return self._slots.allocate(count, self._kept(), self._prefixes.max_slots)
+
+    def _release(self, slots: Sequence[int]) -> None:
+        self._slots.release(slots)
+        for slot in sorted(slots, reverse=True):  # of equal ones the lowest stays
+            self._truncate(slot, self._prefixes.keep(slot))
+            for covered in self._prefixes.covered_by(slot, self._kept()):
+                self._drop(covered)
 
     def _make_room(self, grow: Callable[[], None], capacity: int) -> None:
         """Have the runner's buffers grow; where memory runs out, over the slots in use alone.
@@ -200,25 +214,42 @@ class Model:
             self._runner.allocate(self._slots.num_slots, capacity)
 
     def _decode(self, rows: Sequence[RowFeed]) -> list[RowResult]:
-        slots = [row.slot for row in rows]
         for row in rows:
             self._truncate(row.slot, row.feed.past)
+        self._gather(rows)
+        slots = [row.slot for row in rows]
         longest = max(row.feed.past for row in rows) + 1
         # Twice is when buffers shrink: less would make no step cheaper.
         for slot in self._prefixes.charge(self._kept(), 2 * rounded_capacity(longest)):
             self._drop(slot)
         self._make_room(partial(self._runner.grow, longest), longest)
         tokens = [int(row.feed.tokens[0]) for row in rows]
-        choices = [row.feed.choice for row in rows if row.feed.choice is not None]
-        if self._argmax is not None and len(choices) == len(rows):
-            best = self._argmax.decode_argmax(slots, tokens)
-            for choice, token in zip(choices, best.tolist(), strict=True):
-                choice.token = token
-            return [RowResult(_CHOSEN, progress=1) for _ in rows]
-        logits = self._runner.decode(slots, tokens)
-        # Another engine's call may come before these are read.
-        kept = logits.copy() if self._num_borrowed else logits
-        return [RowResult(values[None], progress=1) for values in kept]
+        found = self._chooser.decode(slots, tokens, [row.feed.choice for row in rows])
+        if found is None:
+            found = [values[None] for values in self._runner.decode(slots, tokens)]
+        if self._num_borrowed:  # another engine's call may come before these are read
+            found = [values.copy() for values in found]
+        return [RowResult(values, progress=1) for values in found]
+
+    def _gather(self, rows: Sequence[RowFeed]) -> None:
+        """Move rows of a decode step that lie apart together."""
+        lengths = {row.slot: row.feed.past for row in rows}
+        if self._compactor.due(lengths):
+            empty = self._slots.empty(self._runner.num_slots, self._kept())
+            moves = dict(self._compactor.moves(lengths, empty))
+            for row in rows:
+                if row.slot in moves:
+                    self._move(row, moves[row.slot])
+
+    def _move(self, row: RowFeed, slot: int) -> None:
+        """Move a row to an empty slot; what the one it leaves is known to begin with may be kept."""
+        before = row.slot
+        self._slots.take(slot)
+        try:
+            self._copy(before, slot, row.feed.past)
+            row.slots[row.feed.row] = slot
+        finally:  # an interrupted copy leaves the row where it was
+            self._release([before if row.slot == slot else slot])
 
     def _prefill(self, rows: Sequence[RowFeed]) -> list[RowResult]:
         """Run a chunk of feeds; those that begin like another one only after all of it."""
@@ -308,10 +339,6 @@ class Model:
         for slot in self._kept():
             self._drop(slot)
         self._prefixes.clear()
-
-
-_CHOSEN: FloatArray = np.empty((1, 0), np.float32)
-"""Logits of a feed whose token was chosen beside them."""
 
 
 def _reusable(feed: Feed) -> int:

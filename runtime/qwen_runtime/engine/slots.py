@@ -38,17 +38,28 @@ class SlotManager:
                 there are more than ``room`` slots, and after every other free one.
             room: Slots that there may be for the sake of kept ones.
         """
-        empty = [
-            slot
-            for slot in range(max(self._num_slots, room))
-            if slot not in self._used and slot not in kept
-        ]
+        empty = self.empty(max(self._num_slots, room), kept)
         taken = [*empty, *kept][:count]
         new = max([self._num_slots, room, *(slot + 1 for slot in kept)])
         taken += range(new, new + count - len(taken))
         self._used.update(taken)
         self._num_slots = max(self._used, default=-1) + 1
         return sorted(taken)
+
+    def empty(self, room: int, kept: Sequence[int] = ()) -> list[int]:
+        """Slots below ``room`` that are neither in use nor kept, lowest first."""
+        return [slot for slot in range(room) if slot not in self._used and slot not in kept]
+
+    def take(self, slot: int) -> None:
+        """Take a certain free slot.
+
+        Raises:
+            AssertionError: If it is in use: a bug of ours.
+        """
+        if slot in self._used:
+            raise AssertionError(f"took slot {slot} of {sorted(self._used)} in use")
+        self._used.add(slot)
+        self._num_slots = max(self._num_slots, slot + 1)
 
     def release(self, slots: Sequence[int]) -> None:
         """Give slots back.

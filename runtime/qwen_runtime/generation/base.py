@@ -6,7 +6,7 @@ many requests at once, and hands back the logits (`Decoding.accept`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,10 +32,16 @@ FinishReason = str
 
 @dataclass(slots=True)
 class TokenChoice:
-    """Where the loop leaves a feed's best token, if that was chosen beside the logits."""
+    """How a feed can do without its logits: by its best token, or by the highest logits alone."""
 
     token: int | None = None
-    """The one with the highest logit, the lowest of equal ones; None where logits came instead."""
+    """Where the loop leaves the one with the highest logit, the lowest of equal ones; None where
+    the choice `take`s more, or logits came instead."""
+    num_top: int = 0
+    """How many of the highest logits decide at least; 0 where the best token is enough."""
+    take: Callable[[FloatArray, IntArray], bool] | None = None
+    """Given with `num_top`: looks at the highest logits, [N], and their token ids, [N], in any
+    order, and says whether they were enough; if not, all logits are wanted as usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,8 @@ class Feed:
     want: int
     """How many of the last positions' logits are wanted, 0..S."""
     choice: TokenChoice | None = None
-    """Given where the best token serves as well as its logits, for one token with ``want`` 1: if
-    the loop sets it, the feed's logits are empty, [1, 0]."""
+    """Given where less than all logits may serve, for one token with ``want`` 1: if the loop sets
+    its token or it takes the highest logits, the feed's logits are empty, [1, 0]."""
 
 
 @dataclass(frozen=True, slots=True)

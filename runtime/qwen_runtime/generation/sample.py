@@ -8,6 +8,7 @@ each other.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from qwen_runtime.generation.rows import RowState, TokenStreamer, make_generator
 from qwen_runtime.generation.stopping import Stop, StoppingCriteria, StoppingCriterion
 from qwen_runtime.resolved_config import ResolvedConfig
 from qwen_runtime.sampling import (
+    Candidates,
     LogitsProcessorList,
     ProcessorCallable,
     TokenSelector,
@@ -109,13 +111,10 @@ class SampleDecoding:
             ]
         )
 
-        # Nobody sees logits or scores, and nothing changes them.
-        self._takes_best = (
-            self._joint is None
-            and not (config.output_logits or config.logprobs)
-            and all(selector.takes_best for selector in self._selectors)
-        )
+        # Otherwise somebody sees logits, or changes them in a way that is not known.
+        self._may_choose = self._joint is None and not (config.output_logits or config.logprobs)
         self._choices: dict[int, TokenChoice] = {}
+        self._survivors: dict[int, Candidates] = {}
 
     @property
     def num_rows(self) -> int:
@@ -162,7 +161,7 @@ class SampleDecoding:
         feeds = []
         for row in self._fed:
             token = self._ids[row, self._length - 1 : self._length]
-            choice = TokenChoice() if self._takes_best else None
+            choice = self._choice(row)
             if choice is not None:
                 self._choices[row] = choice
             feeds.append(Feed(row, token, past=self._held[row], want=1, choice=choice))
@@ -229,6 +228,33 @@ class SampleDecoding:
             tuple(Feed(row, self._prompts.tokens[row], past=0, want=1) for row in self._fed)
         )
 
+    def _choice(self, row: int) -> TokenChoice | None:
+        """How a row's next token can be chosen without all of its logits, if it can."""
+        if not self._may_choose:
+            return None
+        selector = self._selectors[row]
+        if selector.takes_best:
+            return TokenChoice()
+        if selector.num_top is None:
+            return None
+        return TokenChoice(num_top=selector.num_top, take=partial(self._take, row))
+
+    def _take(self, row: int, logits: FloatArray, tokens: IntArray) -> bool:
+        """See `TokenChoice.take`. Rows draw later, in their order."""
+        ids, vocab_size = self.input_ids[row], self._vocab_size
+        survivors = self._selectors[row].shorten(ids, logits, tokens, vocab_size)
+        if survivors is not None:
+            self._survivors[row] = survivors
+        return survivors is not None
+
+    def _chosen(self, row: int) -> int:
+        """The next token of a row whose logits were not needed.
+
+        What an interrupted run of the step has left is not looked at where logits came after all.
+        """
+        token = self._choices[row].token
+        return self._selectors[row].draw(self._survivors.pop(row)) if token is None else token
+
     def _runs(self, row: int) -> bool:
         return self.rows[row].stop is None or self._run_ended or not self.config.eos_token_ids
 
@@ -251,9 +277,8 @@ class SampleDecoding:
                 self._skip_draw(row)
                 tokens.append(0)
                 continue
-            choice = self._choices.get(row)
-            if choice is not None and choice.token is not None:
-                tokens.append(choice.token)
+            if not values.size:
+                tokens.append(self._chosen(row))
                 continue
             token, scores_of_row = self._selectors[row].select(self.input_ids[row], values)
             tokens.append(token)

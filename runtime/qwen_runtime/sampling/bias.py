@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from qwen_runtime.errors import RequestError
 from qwen_runtime.sampling.numerics import FloatArray, IdArray
 from qwen_runtime.sampling.processor import LogitsProcessor
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = [
     "LogitBiasLogitsProcessor",
@@ -143,7 +145,25 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
         """Add the biases; see :class:`LogitsProcessor`."""
-        vocab_size = scores.shape[1]
+        self._check_vocabulary(scores.shape[1])
+        processed = scores.copy()
+        for row, ids in zip(processed, input_ids, strict=True):
+            with np.errstate(invalid="ignore"):
+                row += self._biases_of(ids, scores.shape[1])
+        return processed
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist:
+        """Add the biases; the bound rises by the largest of any other token."""
+        self._check_vocabulary(shortlist.vocab_size)
+        biases = self._biases_of(input_ids, shortlist.vocab_size)
+        here = biases[shortlist.indices]
+        biases[shortlist.indices] = 0
+        with np.errstate(invalid="ignore"):
+            values = shortlist.values + here
+            bound = shortlist.bound + biases.max()
+        return replace(shortlist, values=values, bound=bound)
+
+    def _check_vocabulary(self, vocab_size: int) -> None:
         if self._largest_id >= vocab_size:
             beyond = sorted({i for ids in self.sequence_bias for i in ids if i >= vocab_size})
             raise RequestError(
@@ -151,20 +171,18 @@ class SequenceBiasLogitsProcessor(LogitsProcessor):
                 f"got {beyond}; remove them",
                 param=self._param,
             )
-        processed = scores.copy()
-        length = input_ids.shape[1]
-        for row, ids in zip(processed, input_ids, strict=True):
-            # Collected first: of two biases on one token, one must not be rounded away.
-            bias = np.zeros(vocab_size, dtype=np.float32)
-            bias[self._single_ids] = self._single_biases
-            for prefixes, last_ids, biases in self._groups:
-                size = prefixes.shape[1]
-                if size <= length:
-                    hit = (prefixes == ids[length - size :]).all(axis=1)
-                    np.add.at(bias, last_ids[hit], biases[hit])
-            with np.errstate(invalid="ignore"):
-                row += bias
-        return processed
+
+    def _biases_of(self, ids: IdArray, vocab_size: int) -> FloatArray:
+        """What to add to the scores that follow a sequence, [vocab]."""
+        # Collected first: of two biases on one token, one must not be rounded away.
+        bias = np.zeros(vocab_size, dtype=np.float32)
+        bias[self._single_ids] = self._single_biases
+        for prefixes, last_ids, biases in self._groups:
+            size = prefixes.shape[1]
+            if size <= ids.shape[0]:
+                hit = (prefixes == ids[ids.shape[0] - size :]).all(axis=1)
+                np.add.at(bias, last_ids[hit], biases[hit])
+        return bias
 
 
 class NoBadWordsLogitsProcessor(SequenceBiasLogitsProcessor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from qwen_runtime.errors import RequestError
 from qwen_runtime.sampling.checks import check_int, token_ids
 from qwen_runtime.sampling.numerics import FloatArray, IdArray
 from qwen_runtime.sampling.processor import LogitsProcessor
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = [
     "ForcedBOSTokenLogitsProcessor",
@@ -23,13 +25,6 @@ __all__ = [
 ]
 
 
-def _without(scores: FloatArray, ids: Iterable[int]) -> FloatArray:
-    """A copy with the given tokens at ``-inf``; ids outside the vocabulary do nothing."""
-    processed = scores.copy()
-    processed[:, [i for i in ids if 0 <= i < scores.shape[1]]] = -np.inf
-    return processed
-
-
 def _only(scores: FloatArray, ids: Sequence[int]) -> FloatArray:
     """Scores of 0 for the given tokens and ``-inf`` for all others."""
     processed = np.full_like(scores, -np.inf)
@@ -37,7 +32,33 @@ def _only(scores: FloatArray, ids: Sequence[int]) -> FloatArray:
     return processed
 
 
-class MinLengthLogitsProcessor(LogitsProcessor):
+class _BanAtLengths(LogitsProcessor):
+    """Base of the processors that ban tokens by the length of the sequence alone."""
+
+    @abstractmethod
+    def _banned(self, length: int) -> Iterable[int]:
+        """What is banned for sequences of a length; ids outside the vocabulary do nothing."""
+
+    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
+        """Ban the tokens; see :class:`LogitsProcessor`."""
+        banned = self._known(input_ids.shape[1], scores.shape[1])
+        if not banned:
+            return scores
+        processed = scores.copy()
+        processed[:, banned] = -np.inf
+        return processed
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist:
+        """Ban the tokens; see :meth:`LogitsProcessor.shorten`."""
+        banned = self._known(input_ids.shape[0], shortlist.vocab_size)
+        return shortlist.without(np.array(banned, np.int64)) if banned else shortlist
+
+    def _known(self, length: int, vocab_size: int) -> list[int]:
+        """What is banned of the vocabulary: an id outside of it need not fit into an array."""
+        return [i for i in self._banned(length) if 0 <= i < vocab_size]
+
+
+class MinLengthLogitsProcessor(_BanAtLengths):
     """Ban the end tokens until the whole sequence has a length.
 
     Args:
@@ -52,14 +73,11 @@ class MinLengthLogitsProcessor(LogitsProcessor):
         self.min_length = check_int(min_length, name="min_length", minimum=0)
         self.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id]
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Ban the end while too short; see :class:`LogitsProcessor`."""
-        if input_ids.shape[1] >= self.min_length:
-            return scores
-        return _without(scores, self.eos_token_id)
+    def _banned(self, length: int) -> Iterable[int]:
+        return () if length >= self.min_length else self.eos_token_id
 
 
-class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
+class MinNewTokensLengthLogitsProcessor(_BanAtLengths):
     """Ban the end tokens until enough tokens are generated.
 
     Args:
@@ -80,11 +98,9 @@ class MinNewTokensLengthLogitsProcessor(LogitsProcessor):
         self.min_new_tokens = check_int(min_new_tokens, name="min_new_tokens", minimum=0)
         self.eos_token_id = [eos_token_id] if isinstance(eos_token_id, int) else [*eos_token_id]
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Ban the end while too short; see :class:`LogitsProcessor`."""
-        if input_ids.shape[1] - self.prompt_length_to_skip >= self.min_new_tokens:
-            return scores
-        return _without(scores, self.eos_token_id)
+    def _banned(self, length: int) -> Iterable[int]:
+        enough = length - self.prompt_length_to_skip >= self.min_new_tokens
+        return () if enough else self.eos_token_id
 
 
 class PrefixConstrainedLogitsProcessor(LogitsProcessor):
@@ -145,6 +161,10 @@ class ForcedBOSTokenLogitsProcessor(LogitsProcessor):
         """Force the token at length 1; see :class:`LogitsProcessor`."""
         return _only(scores, [self.bos_token_id]) if input_ids.shape[1] == 1 else scores
 
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist | None:
+        """Nothing to do beyond length 1; see :meth:`LogitsProcessor.shorten`."""
+        return None if input_ids.shape[0] == 1 else shortlist
+
 
 class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
     """Force an end token as the last one before the length limit.
@@ -166,6 +186,10 @@ class ForcedEOSTokenLogitsProcessor(LogitsProcessor):
         last = input_ids.shape[1] == self.max_length - 1
         return _only(scores, self.eos_token_id) if last else scores
 
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist | None:
+        """Nothing to do before the last token; see :meth:`LogitsProcessor.shorten`."""
+        return None if input_ids.shape[0] == self.max_length - 1 else shortlist
+
 
 class InfNanRemoveLogitsProcessor(LogitsProcessor):
     """Replace ``nan`` by 0 and infinities by the largest float32 of their sign."""
@@ -175,7 +199,7 @@ class InfNanRemoveLogitsProcessor(LogitsProcessor):
         return np.nan_to_num(scores, nan=0.0)
 
 
-class SuppressTokensLogitsProcessor(LogitsProcessor):
+class SuppressTokensLogitsProcessor(_BanAtLengths):
     """Ban tokens throughout.
 
     Args:
@@ -185,12 +209,11 @@ class SuppressTokensLogitsProcessor(LogitsProcessor):
     def __init__(self, suppress_tokens: Iterable[int]) -> None:
         self.suppress_tokens = list(suppress_tokens)
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Ban the tokens; see :class:`LogitsProcessor`."""
-        return _without(scores, self.suppress_tokens)
+    def _banned(self, length: int) -> Iterable[int]:
+        return self.suppress_tokens
 
 
-class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
+class SuppressTokensAtBeginLogitsProcessor(_BanAtLengths):
     """Ban tokens as the first generated one.
 
     Args:
@@ -202,8 +225,5 @@ class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):
         self.begin_suppress_tokens = list(begin_suppress_tokens)
         self.begin_index = begin_index
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Ban the tokens at the start; see :class:`LogitsProcessor`."""
-        if input_ids.shape[1] != self.begin_index:
-            return scores
-        return _without(scores, self.begin_suppress_tokens)
+    def _banned(self, length: int) -> Iterable[int]:
+        return self.begin_suppress_tokens if length == self.begin_index else ()

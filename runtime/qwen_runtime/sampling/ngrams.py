@@ -7,6 +7,7 @@ import numpy as np
 from qwen_runtime.sampling.checks import check_int
 from qwen_runtime.sampling.numerics import FloatArray, IdArray
 from qwen_runtime.sampling.processor import LogitsProcessor
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = ["EncoderNoRepeatNGramLogitsProcessor", "NoRepeatNGramLogitsProcessor"]
 
@@ -44,6 +45,15 @@ class NoRepeatNGramLogitsProcessor(LogitsProcessor):
             banned = _completions(ids, ids[length + 1 - self.ngram_size :])
             row[banned[banned < row.shape[0]]] = -np.inf
         return processed
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist:
+        """Ban completions; see :meth:`LogitsProcessor.shorten`."""
+        length = input_ids.shape[0]
+        if length < self.ngram_size:
+            return shortlist
+        return shortlist.without(
+            _completions(input_ids, input_ids[length + 1 - self.ngram_size :])
+        )
 
 
 class EncoderNoRepeatNGramLogitsProcessor(LogitsProcessor):

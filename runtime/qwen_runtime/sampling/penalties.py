@@ -7,7 +7,9 @@ frequency penalty are OpenAI's.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from qwen_runtime.sampling.checks import check_int, check_positive_float, token_
 from qwen_runtime.sampling.numerics import FloatArray, IdArray
 from qwen_runtime.sampling.processor import LogitsProcessor
 from qwen_runtime.sampling.seen import SeenTokens
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = [
     "EncoderRepetitionPenaltyLogitsProcessor",
@@ -75,15 +78,33 @@ class RepetitionPenaltyLogitsProcessor(LogitsProcessor):
             )
         processed = scores.copy()
         if rows == 1:
-            # The usual case, a sequence of its own: keep its distinct ids from step to step.
-            if self._seen is None or self._seen.vocab_size != vocab_size:
-                self._seen = SeenTokens(vocab_size)
-            _penalize(processed[0], self._seen.update(input_ids[0, skip[0] :]), self._factor)
+            seen = self._seen_tokens(vocab_size).update(input_ids[0, skip[0] :])
+            _penalize(processed[0], seen, self._factor)
             return processed
         for row, ids, start in zip(processed, input_ids, skip, strict=True):
             counted = ids[start:]
             _penalize(row, counted[counted < vocab_size], self._factor)
         return processed
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist | None:
+        """Penalise seen tokens; the others may be raised, if at all, where it is a reward."""
+        if not self._factor:  # rounded to 0: makes nan of 0 and -inf, which no bound covers
+            return None
+        skip = self.prompt_ignore_length
+        start = skip if isinstance(skip, int) else 0 if skip is None else skip[0]
+        tokens = self._seen_tokens(shortlist.vocab_size)
+        tokens.update(input_ids[start:])
+        # The bound is processed as one more score, of a token that was seen.
+        scores = np.append(shortlist.values, shortlist.bound)
+        seen = np.append(tokens.among(shortlist.indices), True)
+        _penalize(scores, np.flatnonzero(seen), self._factor)
+        return replace(shortlist, values=scores[:-1], bound=max(shortlist.bound, scores[-1]))
+
+    def _seen_tokens(self, vocab_size: int) -> SeenTokens:
+        """Distinct ids of a sequence of its own, kept from step to step."""
+        if self._seen is None or self._seen.vocab_size != vocab_size:
+            self._seen = SeenTokens(vocab_size)
+        return self._seen
 
 
 class EncoderRepetitionPenaltyLogitsProcessor(LogitsProcessor):
@@ -122,10 +143,32 @@ class _OutputPenalty(LogitsProcessor):
         self.penalty = float(penalty)
         self.prompt_length = check_int(prompt_length, name="prompt_length", minimum=0)
 
-    def _counted(self, ids: IdArray, vocab_size: int) -> tuple[IdArray, IdArray]:
-        """Distinct generated ids of one row and how often each occurs."""
+    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
+        """Penalise generated tokens; see :class:`LogitsProcessor`."""
+        processed = scores.copy()
+        for row, ids in zip(processed, input_ids, strict=True):
+            generated, amounts = self._counted(ids, row.shape[0])
+            row[generated] -= amounts
+        return processed
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist:
+        """Penalise generated tokens; a negative penalty raises the bound as far as any of them."""
+        generated, amounts = self._counted(input_ids, shortlist.vocab_size)
+        positions, here = shortlist.locate(generated)
+        values = shortlist.values.copy()
+        values[positions] -= amounts[here]
+        bounds = shortlist.bound - amounts[~here]
+        return replace(shortlist, values=values, bound=bounds.max(initial=shortlist.bound))
+
+    def _counted(self, ids: IdArray, vocab_size: int) -> tuple[IdArray, FloatArray]:
+        """Distinct generated ids of one row, and what each one's score loses."""
         generated = ids[self.prompt_length :]
-        return np.unique(generated[generated < vocab_size], return_counts=True)
+        distinct, counts = np.unique(generated[generated < vocab_size], return_counts=True)
+        return distinct, self._amounts(counts)
+
+    @abstractmethod
+    def _amounts(self, counts: IdArray) -> FloatArray:
+        """What scores lose whose tokens occur so often, [distinct]."""
 
 
 class PresencePenaltyLogitsProcessor(_OutputPenalty):
@@ -142,13 +185,8 @@ class PresencePenaltyLogitsProcessor(_OutputPenalty):
     def __init__(self, penalty: float, prompt_length: int) -> None:
         super().__init__(penalty, prompt_length, name="presence_penalty")
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Penalise generated tokens; see :class:`LogitsProcessor`."""
-        processed = scores.copy()
-        for row, ids in zip(processed, input_ids, strict=True):
-            generated, _ = self._counted(ids, row.shape[0])
-            row[generated] -= np.float32(self.penalty)
-        return processed
+    def _amounts(self, counts: IdArray) -> FloatArray:
+        return np.full(counts.shape, self.penalty, np.float32)
 
 
 class FrequencyPenaltyLogitsProcessor(_OutputPenalty):
@@ -165,13 +203,8 @@ class FrequencyPenaltyLogitsProcessor(_OutputPenalty):
     def __init__(self, penalty: float, prompt_length: int) -> None:
         super().__init__(penalty, prompt_length, name="frequency_penalty")
 
-    def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
-        """Penalise generated tokens; see :class:`LogitsProcessor`."""
-        processed = scores.copy()
-        for row, ids in zip(processed, input_ids, strict=True):
-            generated, counts = self._counted(ids, row.shape[0])
-            row[generated] -= counts.astype(np.float32) * np.float32(self.penalty)
-        return processed
+    def _amounts(self, counts: IdArray) -> FloatArray:
+        return counts.astype(np.float32) * np.float32(self.penalty)
 
 
 class ExponentialDecayLengthPenalty(LogitsProcessor):

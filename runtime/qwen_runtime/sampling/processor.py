@@ -11,6 +11,7 @@ import numpy as np
 
 from qwen_runtime.errors import RequestError
 from qwen_runtime.sampling.numerics import FloatArray, IdArray
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = ["LogitsProcessor", "LogitsProcessorList", "ProcessorCallable", "check_custom_processor"]
 
@@ -32,6 +33,27 @@ class LogitsProcessor(ABC):
         Returns:
             New scores, [rows, vocab] float32; the same array where nothing changes.
         """
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist | None:
+        """Process the highest scores of one row, and the bound on all others, as the whole row.
+
+        Args:
+            input_ids: Prompt and tokens so far, [length] int64.
+            shortlist: The highest scores of the next token.
+
+        Returns:
+            The same tokens with the very scores they have in the processed row, and a bound on
+            those of all others; None where the whole row is needed.
+        """
+        return None
+
+    def shortens(self) -> bool:
+        """Whether `shorten` may be called: it belongs to this very ``__call__``."""
+        kinds = type(self).__mro__
+        call, short = (
+            next(kind for kind in kinds if name in vars(kind)) for name in ("__call__", "shorten")
+        )
+        return call is short and call is not LogitsProcessor
 
 
 class LogitsProcessorList(list[ProcessorCallable]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen_runtime.sampling.numerics import IdArray
+from qwen_runtime.sampling.numerics import BoolArray, IdArray
 
 __all__ = ["SeenTokens"]
 
@@ -47,6 +47,10 @@ class SeenTokens:
         if shared < input_ids.shape[0]:
             self._append(input_ids[shared:])
         return self._ids[: self._count]
+
+    def among(self, ids: IdArray) -> BoolArray:
+        """Which of some ids below ``vocab_size`` the sequence holds, [N]."""
+        return self._seen[ids]
 
     def _cut(self, length: int) -> None:
         count = int(np.searchsorted(self._first[: self._count], length))

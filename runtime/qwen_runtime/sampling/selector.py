@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import numpy as np
 
 from qwen_runtime.errors import RequestError
 from qwen_runtime.sampling.candidates import CandidateProcessor, Candidates
 from qwen_runtime.sampling.numerics import FloatArray, IdArray, softmax
-from qwen_runtime.sampling.processor import LogitsProcessorList, ProcessorCallable
+from qwen_runtime.sampling.processor import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    ProcessorCallable,
+)
 from qwen_runtime.sampling.rng import TokenGenerator
+from qwen_runtime.sampling.shortlist import Shortlist
+from qwen_runtime.sampling.warpers import TopKLogitsWarper
 
 __all__ = ["TokenSelector", "checked_probabilities", "sample"]
 
@@ -66,6 +73,12 @@ def _draw(candidates: Candidates, generator: TokenGenerator) -> int:
     return candidates.token_id(position)
 
 
+def _filters(processor: ProcessorCallable) -> TypeGuard[CandidateProcessor]:
+    """Whether survivors alone may be given to it: a subclass may do more in its ``__call__``."""
+    own = type(processor)
+    return issubclass(own, CandidateProcessor) and own.__call__ is CandidateProcessor.__call__
+
+
 class TokenSelector:
     """Chooses the next token of one sequence; keeps its state from step to step.
 
@@ -88,21 +101,71 @@ class TokenSelector:
         self._processors = LogitsProcessorList(processors)
         self._generator = generator
         self._return_scores = return_scores
-        first = next(
-            (i for i, p in enumerate(processors) if isinstance(p, CandidateProcessor)),
-            len(processors),
-        )
-        tail = [p for p in processors[first:] if isinstance(p, CandidateProcessor)]
+        first = next((i for i, p in enumerate(processors) if _filters(p)), len(processors))
+        tail = [p for p in processors[first:] if _filters(p)]
         fused = (
             generator is not None and not return_scores and len(tail) == len(processors) - first
         )
         self._dense = LogitsProcessorList(processors[:first]) if fused else self._processors
         self._tail = tail if fused else []
+        self._short = [p for p in self._dense if isinstance(p, LogitsProcessor) and p.shortens()]
 
     @property
     def takes_best(self) -> bool:
         """Whether the token is the logits' first highest one and nothing else is returned."""
         return self._generator is None and not self._processors and not self._return_scores
+
+    @property
+    def num_top(self) -> int | None:
+        """How many of the highest logits decide about the token, at least; None where all may.
+
+        Further ones may, where processors lower the scores of the highest.
+        """
+        if self._return_scores or len(self._short) < len(self._dense):
+            return None
+        if self._generator is None:
+            return 1
+        # What comes before top-k's survivors are chosen must not depend on any other token.
+        first = self._tail[0] if self._tail else None
+        return first.top_k if type(first) is TopKLogitsWarper else None
+
+    def shorten(
+        self, input_ids: IdArray, logits: FloatArray, tokens: IdArray, vocab_size: int
+    ) -> Candidates | None:
+        """What :meth:`select` would draw from, out of the row's highest logits alone.
+
+        Only where `num_top` is a number. Draws nothing; :meth:`draw` does.
+
+        Args:
+            input_ids: Prompt and tokens so far, [length] int64.
+            logits: The model's highest outputs for the next token, in any order, [N] float32.
+            tokens: Their ids, [N].
+            vocab_size: Length of the row.
+
+        Returns:
+            The tokens that survive and their scores, the very ones of the whole row; None where
+            others may count too, or where none survives.
+        """
+        shortlist = Shortlist.of(logits, tokens, vocab_size)
+        for processor in self._short:
+            if shortlist is None:
+                return None
+            shortlist = processor.shorten(input_ids, shortlist)
+        if shortlist is None or not shortlist.settles(self.num_top or 1):
+            return None
+        kept = np.flatnonzero(shortlist.values != -np.inf)
+        candidates = Candidates(shortlist.values[kept], shortlist.indices[kept], vocab_size)
+        return self._filter(candidates) if kept.size else None
+
+    def draw(self, candidates: Candidates) -> int:
+        """Draw a token, or take the one with the highest score.
+
+        Raises:
+            RequestError: If no token can be drawn; see :func:`checked_probabilities`.
+        """
+        if self._generator is None:
+            return candidates.token_id(int(candidates.values.argmax()))
+        return _draw(candidates, self._generator)
 
     def select(self, input_ids: IdArray, logits: FloatArray) -> tuple[int, FloatArray | None]:
         """Choose the next token.
@@ -123,11 +186,13 @@ class TokenSelector:
         if self._generator is None:
             token_id = int(row.argmax())
         else:
-            candidates = Candidates.from_row(row)
-            for processor in self._tail:
-                if candidates.values.size:
-                    candidates = processor.apply(candidates)
-            token_id = _draw(candidates, self._generator)
+            token_id = _draw(self._filter(Candidates.from_row(row)), self._generator)
         if not self._return_scores:
             return token_id, None
         return token_id, row.copy() if row is logits else row
+
+    def _filter(self, candidates: Candidates) -> Candidates:
+        for processor in self._tail:
+            if candidates.values.size:
+                candidates = processor.apply(candidates)
+        return candidates

@@ -6,6 +6,8 @@ several tokens tie at a cut, torch leaves the choice open; here the lower token 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qwen_runtime.sampling.candidates import CandidateFilter, CandidateProcessor, Candidates
@@ -20,6 +22,7 @@ from qwen_runtime.sampling.numerics import (
     softmax,
 )
 from qwen_runtime.sampling.processor import LogitsProcessor
+from qwen_runtime.sampling.shortlist import Shortlist
 
 __all__ = [
     "LogitNormalization",
@@ -50,6 +53,13 @@ class TemperatureLogitsWarper(LogitsProcessor):
     def __call__(self, input_ids: IdArray, scores: FloatArray) -> FloatArray:
         """Scale every score; see :class:`LogitsProcessor`."""
         return scores / np.float32(self.temperature)
+
+    def shorten(self, input_ids: IdArray, shortlist: Shortlist) -> Shortlist:
+        """Scale; rounding keeps the order of scores, though it may make equal what was not."""
+        divisor = np.float32(self.temperature)
+        return replace(
+            shortlist, values=shortlist.values / divisor, bound=shortlist.bound / divisor
+        )
 
 
 class TopKLogitsWarper(CandidateFilter):

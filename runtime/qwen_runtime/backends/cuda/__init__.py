@@ -5,9 +5,10 @@
     opening                        is there a GPU; open, and prove once on it
        └─ runner                   what a caller asks for, split into calls the graphs allow
             ├─ decoder ── blocks   fixed buffers and CUDA graphs of decode steps
+            ├─ choices             best tokens and highest logits, brought instead of whole rows
             ├─ cache               keys and values on the device
             ├─ sessions            the graphs, checked, on one stream
-            └─ weights ── contents, dlpack      once on the device, for both graphs
+            └─ weights ── dlpack                once on the device, for both graphs
                  └─ seam ── nvidia              the only module that touches CUDA
 
 None of it has been executed on a GPU: everything above ``seam`` is tested with the host's memory as

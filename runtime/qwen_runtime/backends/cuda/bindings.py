@@ -7,46 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.base import IntArray
 from qwen_runtime.backends.cuda.cache import DeviceKVCache
+from qwen_runtime.backends.cuda.choices import DeviceChoices
 from qwen_runtime.backends.cuda.dlpack import ONNX_TYPES
 from qwen_runtime.backends.cuda.sessions import LoweredGraph
-from qwen_runtime.backends.device_buffers import ID_BYTES, CallBuffers
-from qwen_runtime.backends.device_memory import DeviceMemory
+from qwen_runtime.backends.device_buffers import CallBuffers
 
-__all__ = ["CallBinder", "ChosenTokens"]
-
-
-class ChosenTokens:
-    """Where the device leaves each row's best token, and where the host finds them.
-
-    Args:
-        memory: Where they are allocated; they are freed with it.
-        rows: Rows of the largest call.
-    """
-
-    def __init__(self, memory: DeviceMemory, rows: int) -> None:
-        self.device = memory.allocate(rows * ID_BYTES)
-        """Of the rows of one call."""
-        self._memory = memory
-        self._host, self._slots = 0, 0
-
-    def reserve(self, slots: int) -> None:
-        """Make room for the tokens of so many slots; those brought before are void."""
-        if slots > self._slots:
-            address = self._memory.allocate_host(slots * ID_BYTES)
-            if self._slots:
-                self._memory.free_host(self._host)
-            self._host, self._slots = address, slots
-
-    def address(self, slot: int) -> int:
-        """Where the host finds the tokens of slots from ``slot`` on."""
-        return self._host + slot * ID_BYTES
-
-    @property
-    def tokens(self) -> IntArray:
-        """The token of each slot that the last step brought, [slots]; a view."""
-        return self._memory.view(self._host, (self._slots,), np.int64).view(np.int64)
+__all__ = ["CallBinder"]
 
 
 class CallBinder:
@@ -56,7 +23,7 @@ class CallBinder:
         device_type: ONNX Runtime's name of the device.
         buffers: Device inputs and logits.
         cache: The caches; past and present of each are bound to the same memory.
-        chosen: Where tokens go that the device chooses; None where the graph chooses none.
+        choices: Where tokens go that the device chooses; None where the graph chooses none.
         cache_shape: Heads and head_dim.
         cache_type: Element type of the caches, by ONNX's name.
         vocab_size: Logits of a position.
@@ -67,17 +34,17 @@ class CallBinder:
         device_type: str,
         buffers: CallBuffers,
         cache: DeviceKVCache,
-        chosen: ChosenTokens | None,
+        choices: DeviceChoices | None,
         *,
         cache_shape: tuple[int, int],
         cache_type: str,
         vocab_size: int,
     ) -> None:
-        self._device, self._buffers, self._cache, self._chosen = (
+        self._device, self._buffers, self._cache, self._choices = (
             device_type,
             buffers,
             cache,
-            chosen,
+            choices,
         )
         self._cache_shape, self._cache_type = cache_shape, cache_type
         self._vocab_size = vocab_size
@@ -134,7 +101,8 @@ class CallBinder:
             binding.bind_output(f"present.{name}", self._device, 0, kind, shape, address)
         logits = (rows, num_logits, self._vocab_size)
         binding.bind_output("logits", self._device, 0, ONNX_TYPES["float"], logits, buffers.logits)
-        if self._chosen is not None and graph.has("next_tokens"):
+        if self._choices is not None and graph.has("next_tokens"):
             kind = ONNX_TYPES["int64"]
-            binding.bind_output("next_tokens", self._device, 0, kind, (rows,), self._chosen.device)
+            place = self._choices.chosen.device
+            binding.bind_output("next_tokens", self._device, 0, kind, (rows,), place)
         return binding

@@ -9,17 +9,22 @@ given again: when a buffer moves, bindings and numbers go.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
-from qwen_runtime.backends.cuda.bindings import CallBinder, ChosenTokens
+from qwen_runtime.backends.cuda.bindings import CallBinder
 from qwen_runtime.backends.cuda.cache import DeviceKVCache
+from qwen_runtime.backends.cuda.choices import DeviceChoices
 from qwen_runtime.backends.cuda.seam import NO_GRAPH, CudaSeam
 from qwen_runtime.backends.cuda.sessions import LoweredGraph
 from qwen_runtime.backends.device_buffers import ID_BYTES, CallBuffers, DecodeStaging
 
-__all__ = ["MAX_BINDINGS", "Decoder"]
+__all__ = ["MAX_BINDINGS", "Bring", "Decoder"]
+
+Bring = Literal["logits", "token", "top", "nothing"]
+"""What a step brings of each row: all logits, the best token, that and the highest logits."""
 
 MAX_BINDINGS = 64
 """Blocks of slots whose bindings and graphs are kept; the one not used for longest goes."""
@@ -44,8 +49,8 @@ class Decoder:
         stream: What it runs on.
         buffers: Device inputs and logits.
         cache: Whose slots they are; when its buffers move, `forget` must have been called.
-        chosen: Where tokens go that the device chooses; None where the graph chooses none.
         binder: Binds a call.
+        choices: What the device chooses out of logits; None where the graph chooses nothing.
     """
 
     def __init__(
@@ -55,11 +60,12 @@ class Decoder:
         stream: int,
         buffers: CallBuffers,
         cache: DeviceKVCache,
-        chosen: ChosenTokens | None,
         binder: CallBinder,
+        choices: DeviceChoices | None,
     ) -> None:
         self._seam, self._graph, self._stream = seam, graph, stream
-        self._buffers, self._cache, self._chosen, self._binder = buffers, cache, chosen, binder
+        self._buffers, self._cache, self._binder = buffers, cache, binder
+        self._choices = choices
         self._blocks: OrderedDict[tuple[int, int], _Block] = OrderedDict()
         self._numbers = count(1)
 
@@ -68,14 +74,14 @@ class Decoder:
         """CUDA graphs captured now."""
         return sum(block.runs > 1 for block in self._blocks.values())
 
-    def run(self, first: int, rows: int, staging: DecodeStaging, *, choose: bool) -> None:
+    def run(self, first: int, rows: int, staging: DecodeStaging, bring: Bring) -> None:
         """Queue a step of slots first..first+rows-1, whose inputs are staged.
 
         Args:
             first: The first slot.
             rows: How many.
             staging: Inputs; the logits are there when the stream is synchronised.
-            choose: Bring the tokens that the device chose, and not the logits.
+            bring: What is brought to the host.
         """
         block = self._block(first, rows)
         seam, stream, buffers = self._seam, self._stream, self._buffers
@@ -92,11 +98,36 @@ class Decoder:
                 block.graph, block.runs = next(self._numbers), 0
             raise
         block.runs += 1
-        if choose and self._chosen is not None:
-            target = self._chosen.address(first)
-            seam.to_host(target, self._chosen.device, rows * ID_BYTES, stream)
-        else:
+        if bring == "logits":
             seam.to_host(logits, buffers.logits, rows * staging.logits_bytes, stream)
+        elif bring != "nothing":
+            assert self._choices is not None, "asked for only where the graph chooses tokens"
+            self._choices.bring(first, rows, top=bring == "top")
+
+    def bring_logits(
+        self, slots: Sequence[int], blocks: Sequence[tuple[int, int]], staging: DecodeStaging
+    ) -> None:
+        """Queue the way of some slots' logits to the host, after a step that brought others.
+
+        The device still holds those of the block that ran last; another block runs once more, with
+        the same inputs at the same places.
+
+        Args:
+            slots: Whose logits; where they are when the stream is synchronised.
+            blocks: The step's blocks, as (first slot, slots), in the order they were run.
+            staging: The step's.
+        """
+        left = set(slots)
+        for block in reversed(blocks):
+            first, rows = block
+            wanted = left.intersection(range(first, first + rows))
+            if wanted and block != blocks[-1]:
+                self.run(first, rows, staging, "nothing")
+            for slot in wanted:
+                source = self._buffers.logits + (slot - first) * staging.logits_bytes
+                target = staging.addresses(slot)[2]
+                self._seam.to_host(target, source, staging.logits_bytes, self._stream)
+            left -= wanted
 
     def forget(self) -> None:
         """Destroy all bindings and graphs: addresses in them are about to change.

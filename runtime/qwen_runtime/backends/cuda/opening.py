@@ -6,7 +6,7 @@ from qwen_runtime.backends.cuda.nvidia import load_seam
 from qwen_runtime.backends.cuda.runner import CudaRunner
 from qwen_runtime.backends.cuda.seam import CudaSeam
 from qwen_runtime.backends.proof import Claim, prove
-from qwen_runtime.backends.sessions import require_version
+from qwen_runtime.backends.versions import require_version
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.lowered_description import LOWERED_FILE
 from qwen_runtime.lowered_file import LoweredFolder

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
-from qwen_runtime.backends.base import FloatArray, IntArray, Limits
-from qwen_runtime.backends.cuda.bindings import CallBinder, ChosenTokens
+from qwen_runtime.backends.base import FloatArray, IntArray, Limits, TopLogits
+from qwen_runtime.backends.cuda.bindings import CallBinder
 from qwen_runtime.backends.cuda.blocks import BLOCK_SIZES, block_around
 from qwen_runtime.backends.cuda.cache import DeviceKVCache
-from qwen_runtime.backends.cuda.decoder import Decoder
+from qwen_runtime.backends.cuda.choices import DeviceChoices
+from qwen_runtime.backends.cuda.decoder import Bring, Decoder
 from qwen_runtime.backends.cuda.dlpack import ELEMENT_BYTES
 from qwen_runtime.backends.cuda.seam import NO_GRAPH, CudaSeam
 from qwen_runtime.backends.cuda.sessions import CACHE_TYPES, LoweredGraph
@@ -35,6 +36,7 @@ from qwen_runtime.backends.device_memory import DeviceMemory
 from qwen_runtime.backends.device_seam import DeviceInfo, DeviceMemoryError
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.errors import BackendError, CapacityError
+from qwen_runtime.lowered_description import GraphName
 from qwen_runtime.lowered_file import LoweredFolder
 
 __all__ = ["CudaRunner"]
@@ -52,6 +54,10 @@ class CudaRunner:
 
     Weights and caches are on the device once, for both graphs; one stream carries all work, and a
     decode step waits for it once.
+
+    Attributes:
+        num_top_rows: Rows whose highest logits were brought by themselves.
+        num_whole_rows: How many of them were asked for whole after all.
 
     Args:
         bundle: An opened bundle.
@@ -105,10 +111,14 @@ class CudaRunner:
         self._resources.callback(seam.synchronise, self._stream)
         weights = DeviceWeights(seam, self._memory, self._stream, bundle, folder)
         self._resources.callback(weights.close)
-        self._prefill = LoweredGraph(seam, bundle, folder, "prefill", weights, self._stream)
-        self._resources.callback(self._prefill.close)
-        decode = LoweredGraph(seam, bundle, folder, "decode", weights, self._stream)
-        self._resources.callback(decode.close)
+
+        def opened(name: GraphName) -> LoweredGraph:
+            graph = LoweredGraph(seam, bundle, folder, name, weights, self._stream)
+            self._resources.callback(graph.close)
+            return graph
+
+        self._prefill, decode = opened("prefill"), opened("decode")
+        top = opened("top_logits") if "top_logits" in found.graphs else None
         self._cache = DeviceKVCache(
             seam,
             self._memory,
@@ -125,11 +135,13 @@ class CudaRunner:
             num_logits=MAX_CALL_LOGITS // BLOCK_SIZES[-1],
             vocab_size=self._limits.vocab_size,
         )
+        self._choices: DeviceChoices | None = None
         try:
             self._buffers = CallBuffers(self._memory, sizes)
-            self._chosen = (
-                ChosenTokens(self._memory, BLOCK_SIZES[-1]) if decode.has("next_tokens") else None
-            )
+            if decode.has("next_tokens"):
+                device = (seam, top, self._stream, self._memory, self._buffers.logits)
+                self._choices = DeviceChoices(*device, sizes, self._name)
+                self._resources.callback(self._choices.close)
         except DeviceMemoryError as error:
             raise BackendError(
                 f"{self._name} needs {sizes.num_bytes} bytes for inputs and logits on the GPU and in "
@@ -141,18 +153,20 @@ class CudaRunner:
             seam.device_type,
             self._buffers,
             self._cache,
-            self._chosen,
+            self._choices,
             cache_shape=(heads, head_dim),
             cache_type=cache_type,
             vocab_size=self._limits.vocab_size,
         )
         self._decoder = Decoder(
-            seam, decode, self._stream, self._buffers, self._cache, self._chosen, self._binder
+            seam, decode, self._stream, self._buffers, self._cache, self._binder, self._choices
         )
         self._resources.callback(self._decoder.forget)
         # First of all that `close` does: graphs may be at work.
         self._resources.callback(seam.synchronise, self._stream)
         self._staging: DecodeStaging | None = None
+        self._blocks: list[tuple[int, int]] = []
+        self.num_top_rows = self.num_whole_rows = 0
 
     @property
     def limits(self) -> Limits:
@@ -187,7 +201,12 @@ class CudaRunner:
     @property
     def has_argmax(self) -> bool:
         """See `ArgmaxRunner.has_argmax`."""
-        return self._chosen is not None
+        return self._choices is not None
+
+    @property
+    def num_top(self) -> int:
+        """See `TopLogitsRunner.num_top`."""
+        return 0 if self._choices is None else self._choices.num_top
 
     def allocate(self, slots: int, capacity: int) -> None:
         """See `ModelRunner.allocate`. Where memory is short, every slot is as before."""
@@ -248,7 +267,7 @@ class CudaRunner:
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> FloatArray:
         """See `ModelRunner.decode`. Blocks of slots run one after the other without waiting."""
-        staging = self._step(slots, tokens, choose=False)
+        staging = self._step(slots, tokens, "logits")
         first = int(slots[0])
         if np.array_equal(slots, np.arange(first, first + len(slots))):
             return staging.logits[first : first + len(slots)]
@@ -256,15 +275,25 @@ class CudaRunner:
 
     def decode_argmax(self, slots: Sequence[int], tokens: Sequence[int]) -> IntArray:
         """See `ArgmaxRunner.decode_argmax`."""
-        self._step(slots, tokens, choose=True)
-        assert self._chosen is not None, "asked for only where has_argmax"
-        chosen = self._chosen.tokens[np.asarray(slots)]
-        if (chosen >= self._limits.vocab_size).any():
-            raise BackendError(
-                f"{self._name}: logits must be numbers, got a NaN; check the weights, or make the "
-                "graphs again with --compute-dtype bf16, which has float32's range"
-            )
-        return np.asarray(chosen)
+        self._step(slots, tokens, "token")
+        assert self._choices is not None, "asked for only where has_argmax"
+        return self._choices.best(slots)
+
+    def decode_top(self, slots: Sequence[int], tokens: Sequence[int]) -> TopLogits:
+        """See `TopLogitsRunner.decode_top`."""
+        self._step(slots, tokens, "top")
+        assert self._choices is not None, "asked for only where num_top is above 0"
+        self.num_top_rows += len(slots)
+        return self._choices.top(slots)
+
+    def whole_logits(self, slots: Sequence[int]) -> FloatArray:
+        """See `TopLogitsRunner.whole_logits`."""
+        staging = self._staging
+        assert staging is not None, "decode_top ran before"
+        with self._queueing(len(slots)):
+            self._decoder.bring_logits(slots, self._blocks, staging)
+        self.num_whole_rows += len(slots)
+        return np.asarray(staging.logits[np.asarray(slots)])
 
     def close(self) -> None:
         """See `ModelRunner.close`; safe to call twice."""
@@ -272,7 +301,7 @@ class CudaRunner:
         self._staging = None
         self._resources.close()
 
-    def _step(self, slots: Sequence[int], tokens: Sequence[int], *, choose: bool) -> DecodeStaging:
+    def _step(self, slots: Sequence[int], tokens: Sequence[int], bring: Bring) -> DecodeStaging:
         self._require_open()
         chosen = np.asarray(slots)
         self.grow(int(self._cache.lengths[chosen].max()) + 1)
@@ -287,15 +316,11 @@ class CudaRunner:
         staging.input_ids[:] = 0
         staging.input_ids[chosen] = tokens
         staging.past_lengths[:] = lengths
-        try:
+        with self._queueing(len(slots)):
             for first, rows in blocks:
-                self._decoder.run(first, rows, staging, choose=choose)
-        except DeviceMemoryError as error:
-            raise self._out_of_memory(len(slots), error) from error
-        finally:
-            # Whatever was queued before a failure is not in the way of what comes next.
-            self._seam.synchronise(self._stream)
+                self._decoder.run(first, rows, staging, bring)
         lengths[chosen] += 1
+        self._blocks = blocks
         return staging
 
     def _run_prefill(self, call: PrefillCall, tokens: Sequence[IntArray]) -> FloatArray:
@@ -316,16 +341,11 @@ class CudaRunner:
         binding = self._binder.bind(
             self._prefill, call.first_slot, rows, sequence, num_logits, total
         )
-        try:
+        with self._queueing(rows):
             seam.run(self._prefill.session, binding, stream, NO_GRAPH)
             if any(chunk.wanted for chunk in call.chunks):
                 size = rows * num_logits * self._limits.vocab_size * LOGIT_BYTES
                 seam.to_host(buffers.host_logits_address, buffers.logits, size, stream)
-        except DeviceMemoryError as error:
-            raise self._out_of_memory(rows, error) from error
-        finally:
-            # The next call's inputs are staged where these are read from.
-            seam.synchronise(stream)
         return buffers.host_logits(rows, num_logits)
 
     def _resize(self, slots: int, capacity: int) -> None:
@@ -333,8 +353,8 @@ class CudaRunner:
         if self._staging is None or slots != self.num_slots:
             try:
                 staging = DecodeStaging(self._memory, slots, self._limits.vocab_size)
-                if self._chosen is not None:
-                    self._chosen.reserve(slots)
+                if self._choices is not None:
+                    self._choices.reserve(slots)
             except DeviceMemoryError as error:
                 if staging is not None:
                     staging.close()
@@ -353,11 +373,22 @@ class CudaRunner:
                 self._staging.close()
             self._staging = staging
 
-    def _out_of_memory(self, rows: int, error: DeviceMemoryError) -> BackendError:
-        return BackendError(
-            f"{self._name} has no GPU memory left for {rows} rows ({error}; {self.cache_bytes} bytes "
-            "are KV cache); ask for fewer rows at once or shorter ones, or lower prefix_cache_slots"
-        )
+    @contextmanager
+    def _queueing(self, rows: int) -> Iterator[None]:
+        """Queue work of some rows inside; it is done afterwards, also what came before a failure.
+
+        So its results may be read, and the next call's inputs staged where these were read from.
+        """
+        try:
+            yield
+        except DeviceMemoryError as error:
+            raise BackendError(
+                f"{self._name} has no GPU memory left for {rows} rows ({error}; {self.cache_bytes} "
+                "bytes are KV cache); ask for fewer rows at once or shorter ones, or lower "
+                "prefix_cache_slots"
+            ) from error
+        finally:
+            self._seam.synchronise(self._stream)
 
     def _require_open(self) -> None:
         if self._closed:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from qwen_runtime.backends.cuda.seam import CudaSeam
 from qwen_runtime.backends.cuda.weights import DeviceWeights
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.errors import BackendError, BundleError
+from qwen_runtime.lowered_description import GraphName
 from qwen_runtime.lowered_file import LoweredFolder
 from qwen_runtime.manifest import GraphEntry
 
 __all__ = ["CACHE_TYPES", "LoweredGraph"]
-
-Phase = Literal["prefill", "decode"]
 
 CACHE_TYPES = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 """Compute dtype to the element type of caches."""
@@ -24,6 +24,7 @@ _INPUTS = {
     "total_sequence_length": "int32",
 }
 _OUTPUTS = {"logits": "float", "next_tokens": "int64"}
+_TOP_OUTPUTS = {"top_logits": "float", "top_tokens": "int64"}
 _OPTIONAL = {"logits_indices", "total_sequence_length", "next_tokens"}
 _FALLBACK = "fallback to CPU EP has been explicitly disabled"
 """ONNX Runtime's words where a node has no kernel on the device."""
@@ -41,7 +42,7 @@ class LoweredGraph:
         seam: CUDA and ONNX Runtime.
         bundle: The bundle.
         folder: Its lowered graphs.
-        phase: Which of them.
+        name: Which of them.
         weights: Its initialisers, which stay on the device until the session is gone.
         stream: The stream of all its work.
 
@@ -55,17 +56,20 @@ class LoweredGraph:
         seam: CudaSeam,
         bundle: Bundle,
         folder: LoweredFolder,
-        phase: Phase,
+        name: GraphName,
         weights: DeviceWeights,
         stream: int,
     ) -> None:
-        self._folder, self._path = folder, folder.graph_file(phase)
-        self.entry: GraphEntry = folder.description.graphs[phase]
-        self._check_tensors(bundle)
+        self._folder, self._path = folder, folder.graph_file(name)
+        self.entry: GraphEntry = folder.description.graphs[name]
+        if name == "top_logits":
+            self._check_top(bundle.manifest.model.vocab_size)
+        else:
+            self._check_tensors(bundle)
         self._seam, self._weights = seam, weights
         self._providers = seam.providers(
             stream,
-            capture=phase == "decode",
+            capture=name == "decode",
             # Parity in float32 is about 24 bits of mantissa.
             tf32=folder.description.compute_dtype != "fp32",
         )
@@ -75,6 +79,11 @@ class LoweredGraph:
     def has(self, name: str) -> bool:
         """Whether the graph has an input or output of that name."""
         return any(each.name == name for each in (*self.entry.inputs, *self.entry.outputs))
+
+    @property
+    def num_top(self) -> int:
+        """How many of a row's highest logits the graph ``top_logits`` finds."""
+        return int(self.entry.outputs[0].shape[-1])
 
     def close(self) -> None:
         """Let go of the session."""
@@ -121,10 +130,18 @@ class LoweredGraph:
         parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
         pasts = {f"past_key_values.{part}": cache for part in parts}
         presents = {f"present.{part}": cache for part in parts}
-        for found, wanted in (
-            (self.entry.inputs, {**_INPUTS, **pasts}),
-            (self.entry.outputs, {**_OUTPUTS, **presents}),
-        ):
+        self._check_names({**_INPUTS, **pasts}, {**_OUTPUTS, **presents})
+
+    def _check_top(self, vocab_size: int) -> None:
+        self._check_names({"logits": "float"}, _TOP_OUTPUTS)
+        counts = {tensor.shape[1:] for tensor in self.entry.outputs}
+        sizes = [size for shape in counts for size in shape if isinstance(size, int)]
+        if len(counts) != 1 or len(sizes) != 1 or not 0 < sizes[0] <= vocab_size:
+            shapes = " and ".join(str(list(tensor.shape)) for tensor in self.entry.outputs)
+            raise self._unknown(f"outputs of {shapes}")
+
+    def _check_names(self, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        for found, wanted in ((self.entry.inputs, inputs), (self.entry.outputs, outputs)):
             for tensor in found:
                 if tensor.name not in wanted or tensor.dtype != wanted[tensor.name]:
                     raise self._unknown(f"{tensor.name} of type {tensor.dtype}")

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.cuda.contents import initializer_bytes, pieces
 from qwen_runtime.backends.cuda.dlpack import tensor_at
 from qwen_runtime.backends.cuda.seam import CudaSeam
 from qwen_runtime.backends.device_memory import DeviceMemory, aligned
 from qwen_runtime.backends.device_seam import DeviceMemoryError
+from qwen_runtime.backends.lowered_contents import initializer_bytes, pieces
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.errors import BackendError
 from qwen_runtime.lowered_file import LoweredFolder

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qwen_runtime.backends.cuda.dlpack import ELEMENT_BYTES
 from qwen_runtime.errors import BackendError, BundleError
 from qwen_runtime.lowered_description import InitializerEntry, PartEntry
 
@@ -23,6 +22,7 @@ __all__ = ["initializer_bytes", "pieces"]
 
 Array = npt.NDArray[np.generic]
 
+_ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 _PIECE = 4 << 20
 """Elements of a piece at most, but for one row or column."""
 _STORED: dict[str, npt.DTypeLike] = {"float": "<f4", "int4": "u1", "int8": "i1"}
@@ -33,7 +33,7 @@ _ZERO = {"int4": 8, "int8": 128}
 
 def initializer_bytes(entry: InitializerEntry) -> int:
     """Bytes of an initialiser in the graph's type."""
-    return math.prod(entry.shape) * ELEMENT_BYTES[entry.dtype]
+    return math.prod(entry.shape) * _ELEMENT_BYTES[entry.dtype]
 
 
 def pieces(entry: InitializerEntry, weights: Path) -> Iterator[Array]:
