@@ -133,7 +133,7 @@ class PrecisionPlan:
     build_peak: int = 0
     """Peak resident bytes of a build with ``--no-verify``."""
     verified_build_peak: int = 0
-    """The same with verification; an estimate for quantised weights."""
+    """The same with verification."""
     packed_cache: int = 0
     """Bytes that the first run on a CPU leaves in the user's cache folder; 0 where it packs its
     weights in memory."""

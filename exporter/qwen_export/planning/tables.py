@@ -105,13 +105,11 @@ def _disk(plan: Plan) -> Table:
         if disk is None:
             continue
         sizes = (disk.weights, disk.graphs, disk.text, disk.reports, disk.total)
-        others = (entry.packed_cache, entry.build_peak)
-        estimated = "" if entry.precision == "fp32" else "~"
+        others = (entry.packed_cache, entry.build_peak, entry.verified_build_peak)
         table.add_row(
             entry.precision,
             *(f"{size / _MB:,.1f}" for size in sizes),
             *map(_whole, others),
-            f"{estimated}{_whole(entry.verified_build_peak)}",
         )
     return table
 
@@ -181,8 +179,6 @@ def _notes(plan: Plan) -> Text:
             "int8 and int4 run the portable graph on a CPU: the faster one has an attention that "
             "does not take this head_dim."
         )
-    if any(entry.precision != "fp32" for entry in _possible(plan)):
-        notes.append("~ An estimate: by what verification of fp32 bundles was measured to need.")
     if any(entry.packed_cache for entry in plan.precisions):
         notes.append(
             "Packed cache: what the first run on a CPU leaves on disk in the user's cache folder; "

@@ -9,7 +9,7 @@
 
 An entry appears by renaming its folder, so that none is seen half made, whoever is interrupted. It
 belongs to one bundle, one build of ONNX Runtime, one CPU model and one set of session options: all
-are in its key. An entry takes 2.3 to 2.5 times its bundle's weights; the newest are kept, as many as
+are in its key. An entry takes 2.0 to 2.8 times its bundle's weights; the newest are kept, as many as
 `MAX_ENTRIES` and `MAX_BYTES` allow. Nothing here is needed: deleting the folder costs packing once
 more, and where it cannot be written weights are packed in memory.
 """

@@ -38,8 +38,8 @@ __all__ = [
 MIN_CACHED_BYTES = 64 << 20
 """Weights files below this are packed at every load, in less than half a second."""
 _SPACE = 5
-"""Free space wanted for an entry, in weights files: the packed graph takes 2.3 to 2.5 of them and is
-copied once; the fused one, 1.3 to 1.6, is gone by then."""
+"""Free space wanted for an entry, in weights files: the packed graph takes 2.0 to 2.8 of them and is
+copied once; the fused one, 1.0 to 1.6, is gone by then."""
 _PROOF_TOKENS = 8
 TOTAL_LENGTH = "total_sequence_length"
 """The input that only lowered graphs have, [1] int32: past and new tokens of the longest row."""
@@ -112,6 +112,7 @@ def open_session(
                     graph.check_hashes()
                     _save_packed(ort, graph, options, folder)
                     entry = cache.add(parts, folder)
+                return_freed_memory()
             return load(ort, entry, options())
         except (OSError, BackendError) as error:
             _log.warning(
