@@ -21,8 +21,10 @@ _HERE = Path(__file__).parent
 _BUILDER_OPTIONS = {
     # int8 activations (the CPU's fast kernels), logits of the last token alone.
     "int4": ("accuracy_level=4", "block_size=32", "prune_lm_head=true", "hf_token=false"),
+    "int4-128": ("accuracy_level=4", "block_size=128", "prune_lm_head=true", "hf_token=false"),
     "fp32": ("prune_lm_head=true", "hf_token=false"),
 }
+"""By precision, and block size where it is not the builder's own."""
 
 
 class ArtefactError(Exception):
@@ -121,7 +123,7 @@ class Workshop:
         self._add_tokenizer(source)
         command = [sys.executable, Path(site) / "onnxruntime_genai" / "models" / "builder.py"]
         command += ["--model_name", SHAPE, "--input", source, "--output", output]
-        command += ["--precision", precision, "--execution_provider", "cpu"]
+        command += ["--precision", precision.partition("-")[0], "--execution_provider", "cpu"]
         command += ["--cache_dir", self._folder / "builder-cache"]
         _call([*command, "--extra_options", *_BUILDER_OPTIONS[precision]])
 

@@ -48,7 +48,7 @@ REFERENCE = _ours("fp32")
 """Whose logits the others must resemble."""
 
 GROUPS = {
-    "int4": (_genai("int4"), _ours("int4"), _llama("Q4_0")),
+    "int4": (_genai("int4"), _ours("int4"), _genai("int4-128"), _llama("Q4_0")),
     "int8": (_llama("Q8_0"), _ours("int8"), _transformers("bf16", "bfloat16")),
     "fp32": (_genai("fp32"), REFERENCE, _transformers("fp32", "float32")),
 }

@@ -53,6 +53,7 @@ class Claim:
 
 CLAIMS = (
     Claim("gate", "ours int4", "genai int4", "decode", 1.4),
+    Claim("gate", "ours int4", "genai int4-128", "decode", 1.4),
     Claim("gate", "ours int8", "llama.cpp Q8_0", "decode", 1.0),
     Claim("gate", "ours int8", "llama.cpp Q8_0", "prefill", 1.2),
     Claim("goal", "ours int4", "llama.cpp Q4_0", "decode", 1.1),
