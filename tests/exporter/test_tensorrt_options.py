@@ -223,6 +223,25 @@ def test_the_builder_is_told_to_stop_when_the_wait_for_it_is_interrupted():
     assert not phases.step("build", 1)
 
 
+def test_no_build_outlives_a_wait_that_is_interrupted_while_its_thread_starts(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    start, begun, cancelled = threading.Thread.start, threading.Event(), threading.Event()
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        begun.set()
+        cancelled.wait(10)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(work, cancelled)
+    assert not begun.wait(0.2)
+
+
 def test_what_a_build_raises_or_returns_reaches_the_caller():
     def fail() -> None:
         raise ValueError("wrong")

@@ -112,6 +112,8 @@ def run_cancellable(work: Callable[[], T], cancelled: threading.Event) -> T:
         cancelled: Set when the wait is interrupted, as by Ctrl-C.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="tensorrt-build") as pool:
+        # The pool does not wait for a thread whose start was interrupted: start it with no work.
+        pool.submit(int).result()
         try:
             future = pool.submit(work)
             # A signal may reach another thread than this one, which must run to hear of it.
