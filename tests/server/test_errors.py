@@ -150,6 +150,11 @@ JSON = {"content-type": "application/json"}
         ({"logprobs": 6}, "logprobs", r"in [0, 5]"),
         ({"echo": True, "logprobs": 1}, "echo", "of the prompt"),
         ({"messages": [USER]}, "messages", "not a known field"),
+        (
+            {"response_format": {"type": "choice", "choices": ["a" * 70_000]}},
+            "response_format",
+            "at most 65536 characters",
+        ),
     ],
 )
 def test_wrong_field_of_a_completion_is_named(

@@ -232,20 +232,22 @@ def events(response: httpx.Response) -> list[Any]:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_failure_in_mid_stream_is_the_last_event(serve: Serve, embedded_llm: LLM, n: int) -> None:
+def test_failure_in_mid_stream_is_the_last_event(
+    serve: Serve, embedded_llm: LLM, n: int, caplog: pytest.LogCaptureFixture
+) -> None:
     llm = FailingLLM(embedded_llm)
     llm.after = 3
+    body = ENDLESS | {"stream": True, "n": n, "model": None}
     with (
         serve(create_app(llm)) as url,
-        httpx.stream(
-            "POST", url + CHAT, json=ENDLESS | {"stream": True, "n": n, "model": None}
-        ) as response,
+        httpx.stream("POST", url + CHAT, json=body, headers={"X-Request-Id": "a-7"}) as response,
     ):
         assert response.status_code == 200
         *before, last = events(response)
     assert len(before) >= 1
     assert last["error"]["code"] == "engine_failed"
     assert "on purpose" in last["error"]["message"]
+    assert "request a-7 failed" in caplog.messages
     until(lambda: is_idle(llm))
 
 

@@ -20,7 +20,7 @@ from qwen_runtime.server.shared_fields import (
     generation_settings,
     token_limit,
 )
-from qwen_runtime.server.tools import RESPONSE_FORMAT
+from qwen_runtime.server.tools import RESPONSE_FORMAT, check_form_size
 
 __all__ = ["COMPLETION_REQUEST", "CompletionRequest", "read_completion_request"]
 
@@ -136,5 +136,6 @@ def _settings(
     if values["logprobs"] is not None:
         settings |= {"logprobs": True, "top_logprobs": values["logprobs"]}
     if values["response_format"] is not None:
+        check_form_size(values["response_format"], "response_format")
         settings["response_format"] = values["response_format"]
     return [settings | seed for seed in choice_seeds(values)]

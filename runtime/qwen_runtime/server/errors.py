@@ -9,6 +9,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from qwen_runtime.errors import (
     CapacityError,
@@ -19,7 +20,10 @@ from qwen_runtime.errors import (
 )
 from qwen_runtime.server.lifecycle import NotReadyError
 
-__all__ = ["ApiError", "api_error", "error_response", "exception_handlers"]
+__all__ = ["REQUEST_ID", "ApiError", "api_error", "error_response", "exception_handlers"]
+
+REQUEST_ID = "qwen_runtime.request_id"
+"""Where a request's scope has the id under which it is logged and answered."""
 
 _LOG = logging.getLogger("qwen_runtime.server")
 _RETRY = {"retry-after": "1"}
@@ -67,11 +71,12 @@ class ApiError(Exception):
         }
 
 
-def api_error(error: Exception) -> ApiError:
+def api_error(error: Exception, scope: Scope) -> ApiError:
     """Find the answer to what was raised. What nobody expected is logged, and told to no client.
 
     Args:
         error: Anything a request raised.
+        scope: Of the request, whose id is logged.
     """
     if isinstance(error, ApiError):
         return error
@@ -85,20 +90,20 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, message, error.param, "context_length_exceeded")
     if isinstance(error, RequestError):
         return ApiError(400, message, error.param, "invalid_value")
-    _LOG.error("a request failed", exc_info=error)
+    _LOG.error("request %s failed", scope[REQUEST_ID], exc_info=error)
     if isinstance(error, QwenRuntimeError):
         return ApiError(500, message, code="engine_failed", kind="server_error")
     return ApiError(500, "the server failed; its log tells why", kind="server_error")
 
 
-def error_response(error: Exception) -> Response:
+def error_response(error: Exception, scope: Scope) -> Response:
     """The same as a response."""
-    answer = api_error(error)
+    answer = api_error(error, scope)
     return JSONResponse(answer.document(), answer.status, answer.headers)
 
 
-async def _handle(_: Request, error: Exception) -> Response:
-    return error_response(error)
+async def _handle(request: Request, error: Exception) -> Response:
+    return error_response(error, request.scope)
 
 
 async def _handle_http(request: Request, error: Exception) -> Response:
@@ -114,7 +119,7 @@ async def _handle_http(request: Request, error: Exception) -> Response:
         message = error.detail
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     answer = ApiError(error.status_code, message, None, code, headers=error.headers)
-    return error_response(answer)
+    return error_response(answer, request.scope)
 
 
 async def _handle_disconnect(_: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_runtime.server.errors import ApiError
+from qwen_runtime.server.errors import REQUEST_ID, ApiError
 from qwen_runtime.server.lifecycle import Lifecycle
 from qwen_runtime.server.metrics import Metrics
 from qwen_runtime.server.settings import ServerSettings
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 _LOG = logging.getLogger("qwen_runtime.server")
-_ID = "qwen_runtime.request_id"
 _FIELDS = "qwen_runtime.log_fields"
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _PROBES = {"/health", "/health/live", "/health/ready"}
@@ -72,7 +71,7 @@ def middleware_stack(
 
 def request_id(scope: Scope) -> str:
     """The id under which a request is logged and answered."""
-    return str(scope[_ID])
+    return str(scope[REQUEST_ID])
 
 
 def annotate(scope: Scope, **fields: int | float | str) -> None:
@@ -92,7 +91,7 @@ class RequestLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         given = Headers(scope=scope).get("x-request-id", "")
-        scope[_ID] = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope[REQUEST_ID] = given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex
         fields: dict[str, Any] = scope.setdefault(_FIELDS, {})
         began, status, whole = time.perf_counter(), 0, False
 
@@ -100,7 +99,7 @@ class RequestLog:
             nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = scope[_ID]
+                MutableHeaders(scope=message)["x-request-id"] = scope[REQUEST_ID]
             elif message["type"] == "http.response.body":
                 whole = not message.get("more_body", False)
             await send(message)
@@ -108,7 +107,7 @@ class RequestLog:
         try:
             await self.app(scope, receive, tagged)
         except Exception:
-            _LOG.exception("request %s failed", scope[_ID])
+            _LOG.exception("request %s failed", scope[REQUEST_ID])
             if status:
                 raise
             failure = "the server failed; its log tells why, under the request's id"
@@ -118,7 +117,7 @@ class RequestLog:
             code = status if whole else 499
             self._metrics.responded(code)
             line = {
-                "request_id": scope[_ID],
+                "request_id": scope[REQUEST_ID],
                 "method": scope["method"],
                 # Quoted: a path must not write lines of its own.
                 "path": quote(scope["path"][:200]),

@@ -88,8 +88,9 @@ class EventStream(Response):
                 await self._write(send, json.dumps(event, ensure_ascii=False))
         except Exception as error:  # noqa: BLE001 - the client must hear of it
             if not started:
-                return await error_response(error)(scope, receive, send)
-            await self._write(send, json.dumps(api_error(error).document()), more=False)
+                return await error_response(error, scope)(scope, receive, send)
+            document = api_error(error, scope).document()
+            await self._write(send, json.dumps(document), more=False)
         else:
             await self._write(send, "[DONE]", more=False)
         finally:

@@ -13,7 +13,15 @@ from qwen_runtime.server.kinds import Kind, any_object, array, boolean, either, 
 from qwen_runtime.server.messages import TOOL_NAME
 from qwen_runtime.structured import ResponseFormat, tool_call_format
 
-__all__ = ["RESPONSE_FORMAT", "TOOLS", "TOOL_CHOICE", "AnswerForm", "answer_form", "shown_tools"]
+__all__ = [
+    "RESPONSE_FORMAT",
+    "TOOLS",
+    "TOOL_CHOICE",
+    "AnswerForm",
+    "answer_form",
+    "check_form_size",
+    "shown_tools",
+]
 
 _MAX_FORM: Final = 65_536
 """Characters of a schema, pattern or list of choices. The time to compile one grows with the
@@ -130,7 +138,7 @@ def answer_form(values: Mapping[str, Any]) -> AnswerForm:
             "tool_choice must be left out where there are no tools; add tools", param="tool_choice"
         )
     if not tools or choice == "none":
-        _check_size(wanted, "response_format")
+        check_form_size(wanted, "response_format")
         # A model that is not shown its tools does not call them.
         return AnswerForm((), wanted, calls=False, free_start=wanted is None)
     if wanted is not None:
@@ -144,7 +152,7 @@ def answer_form(values: Mapping[str, Any]) -> AnswerForm:
     strict = any(tool["function"].get("strict") for tool in tools)
     grammar = None
     if forced or strict or not parallel:
-        _check_size(tools, "tools")
+        check_form_size(tools, "tools")
         grammar = tool_call_format(tools, choice or "auto", parallel_tool_calls=parallel)
     return AnswerForm(tools, grammar, calls=True, free_start=not forced)
 
@@ -161,7 +169,16 @@ def _check_names(tools: tuple[dict[str, Any], ...]) -> None:
         seen.add(name)
 
 
-def _check_size(form: object, param: str) -> None:
+def check_form_size(form: object, param: str) -> None:
+    """Refuse what takes too long to compile.
+
+    Args:
+        form: A response format, or tools.
+        param: Its field.
+
+    Raises:
+        RequestError: If it is too large.
+    """
     size = len(json.dumps(form))
     if size > _MAX_FORM:
         raise RequestError(
