@@ -48,9 +48,9 @@ CPU_BACKENDS: dict[str, OpenRunner] = {
         bundle, decode_graph=True, exact=_quantized(bundle)
     ),
 }
-"""By name: the portable prefill graph, which serves requests for float weights, and the two that
-also run decode.onnx. Quantised weights meet fp32 activations in them, so that they are held to the
-tolerance of fp32."""
+"""By name: the portable prefill graph, which serves requests for float weights, and the runner that
+has decode.onnx beside it. Quantised weights meet fp32 activations in them, so that they are held to
+the tolerance of fp32."""
 
 LOWERED_BACKEND = "ONNX Runtime with the graph for the CPU"
 """The graph in ``lowered/cpu``, where a bundle has one, with fp32 activations."""
