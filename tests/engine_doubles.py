@@ -94,7 +94,8 @@ class RoundingRunner:
         self.cache.reserve(slots, capacity)
 
     def grow(self, capacity: int) -> None:
-        self.allocate(self.num_slots, capacity)
+        if capacity > self.capacity:
+            self.allocate(self.num_slots, capacity)
 
     def copy(self, src: int, dst: int, length: int) -> None:
         assert length <= self.cache.lengths[src]

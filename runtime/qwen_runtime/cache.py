@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,8 +118,8 @@ class KVCache:
     def _zeros(self, slots: int, capacity: int) -> dict[str, npt.NDArray[np.generic]]:
         shape = (slots, self._heads, capacity, self._head_dim)
         try:
-            return {name: np.zeros(shape, self.dtype) for name in self.names}
-        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            return {name: _pages(shape, self.dtype) for name in self.names}
+        except (MemoryError, OSError, OverflowError, ValueError) as error:
             size = len(self.names) * math.prod(shape) * self.dtype.itemsize
             raise CapacityError(
                 f"{slots} rows of {capacity} tokens need {size} bytes of KV cache, which is more "
@@ -135,6 +138,21 @@ class KVCache:
         self._buffers.clear()
         self._lengths = np.zeros(0, np.int64)
         self.num_slots = self.capacity = 0
+
+
+def _pages(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[np.generic]:
+    """Zeros whose memory is taken page by page when they are written.
+
+    NumPy asks for huge pages: then a few tokens of each slot take all of a buffer, and growing
+    waits until the kernel has found and zeroed so much.
+    """
+    if not hasattr(mmap, "MADV_NOHUGEPAGE"):
+        return np.zeros(shape, dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel that knows no huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 def rounded_capacity(tokens: int) -> int:

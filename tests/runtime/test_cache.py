@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qwen_runtime import cache as cache_module
 from qwen_runtime.cache import GROWTH_STEP, KVCache
 from qwen_runtime.errors import CapacityError
 
@@ -106,16 +108,16 @@ def test_cache_is_as_before_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch
     before = fill(cache)
     cache.lengths[:] = [7, 3]
     places = [view.ctypes.data for _, view in cache.rows(0, 2)]
-    zeros, calls = np.zeros, 0
+    pages, calls = cache_module._pages, 0
 
     def full(*arguments: Any) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise MemoryError
-        return zeros(*arguments)
+        return pages(*arguments)
 
-    monkeypatch.setattr("qwen_runtime.cache.np.zeros", full)
+    monkeypatch.setattr(cache_module, "_pages", full)
 
     with pytest.raises(CapacityError, match="5 rows of 512 tokens need 163840 bytes"):
         cache.reserve(5, 300)
@@ -123,6 +125,25 @@ def test_cache_is_as_before_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch
     assert [view.ctypes.data for _, view in cache.rows(0, 2)] == places
     for name, view in cache.rows(0, 2):
         np.testing.assert_array_equal(view, before[name])
+
+
+def test_memory_is_taken_for_tokens_that_are_held_not_for_buffers() -> None:
+    def taken() -> int:
+        status = Path("/proc/self/smaps_rollup").read_text("utf-8")
+        return 1024 * int(status.split("Anonymous:")[1].split()[0])
+
+    cache = KVCache(
+        ["0.key", "0.value"],
+        num_key_value_heads=2,
+        head_dim=64,
+        dtype=np.float32,
+        max_context=8192,
+    )
+    before = taken()
+    cache.reserve(16, 8192)
+    for _, buffer in cache.rows(0, 16):
+        buffer[:, :, :100] = 1
+    assert taken() - before < cache.num_bytes / 16
 
 
 def test_more_than_can_be_addressed_is_too_much_memory() -> None:

@@ -307,6 +307,25 @@ def test_rows_of_a_draft_model_move_there_by_themselves() -> None:
         assert (machine.tokens, machine.drafted) == (fresh.tokens, fresh.drafted)
 
 
+def test_buffers_grow_with_a_long_prompt_and_shrink_only_after_it() -> None:
+    runner = WatchedRunner()
+    engine = Engine(runner, kept_slots=0, limits=EngineLimits(prefill_chunk_size=16))
+    short = engine.submit(Machine(1, [1], 900))
+    engine.step()
+    long = engine.submit(Machine(1, [2] * 300, 2))
+    sizes = [runner.capacity]
+    while not long.done.is_set():
+        engine.step()
+        sizes.append(runner.capacity)
+    assert sizes == sorted(sizes)
+    assert max(sizes) >= 300
+    for _ in range(4):
+        engine.step()
+    assert runner.capacity < 100, "one short row is left"
+    short.cancel()
+    drain(engine)
+
+
 def test_buffers_stay_when_load_falls_and_rises_again() -> None:
     engine, runner = make()
     sizes = set()

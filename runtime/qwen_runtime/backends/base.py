@@ -54,6 +54,8 @@ class ModelRunner(Protocol):
     def allocate(self, slots: int, capacity: int) -> None:
         """Make room for at least so many slots of at least so many tokens, keeping contents.
 
+        Much larger buffers may give way to smaller ones.
+
         Raises:
             CapacityError: If there is not enough memory, or a slot would exceed ``limits``.
         """
@@ -91,7 +93,7 @@ class ModelRunner(Protocol):
         """Forget a slot's tokens after the first ``length``."""
 
     def grow(self, capacity: int) -> None:
-        """Raise the capacity to at least so many tokens, keeping contents.
+        """Raise the capacity to at least so many tokens, keeping contents; never lower it.
 
         Raises:
             CapacityError: If that is more than ``limits.max_context``.

@@ -153,7 +153,8 @@ class OnnxRuntimeRunner:
 
     def grow(self, capacity: int) -> None:
         """See `ModelRunner.grow`."""
-        self.allocate(self.num_slots, capacity)
+        if capacity > self.capacity:
+            self.allocate(self.num_slots, capacity)
 
     def copy(self, src: int, dst: int, length: int) -> None:
         """See `ModelRunner.copy`."""

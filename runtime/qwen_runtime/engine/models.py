@@ -222,7 +222,8 @@ class Model:
         # Twice is when buffers shrink: less would make no step cheaper.
         for slot in self._prefixes.charge(self._kept(), 2 * rounded_capacity(longest)):
             self._drop(slot)
-        self._make_room(partial(self._runner.grow, longest), longest)
+        # Buffers shrink here alone: between two chunks of a prompt they would grow again.
+        self._make_room(partial(self._runner.allocate, self._runner.num_slots, longest), longest)
         tokens = [int(row.feed.tokens[0]) for row in rows]
         found = self._chooser.decode(slots, tokens, [row.feed.choice for row in rows])
         if found is None:
@@ -256,12 +257,12 @@ class Model:
         results: dict[int, RowResult] = {}
         waiting, unfinished = dict(enumerate(rows)), list[RowFeed]()
         while wave := self._independent(waiting, unfinished):
-            # Before anything is copied from kept slots, which may have to go.
-            longest = max(row.feed.past + len(row.feed.tokens) for row in wave.values())
-            self._make_room(partial(self._runner.grow, longest), longest)
             starts = [self._begin(row) for row in wave.values()]
             ends = [_end(row, start) for row, start in zip(wave.values(), starts, strict=True)]
             spans = list(zip(wave.items(), starts, ends, strict=True))
+            # What the rows take from kept slots is copied, so those may have to go.
+            longest = max(row.feed.past + end for (_, row), _, end in spans)
+            self._make_room(partial(self._runner.grow, longest), longest)
             logits = self._runner.prefill(
                 [row.slot for row in wave.values()],
                 [row.feed.tokens[start:end] for (_, row), start, end in spans],
