@@ -86,7 +86,7 @@ class Workshop:
             return ", ".join(f"{g['role']} {g['format']} {_block(g)}".strip() for g in groups)
         if name.startswith("genai-"):
             precision = name.removeprefix("genai-")
-            return f"output tensor {precision}, " + " ".join(_BUILDER_OPTIONS[precision][:-1])
+            return f"output tensor {precision[:4]}, " + " ".join(_BUILDER_OPTIONS[precision][:-1])
         if name.endswith(".gguf"):
             found = json.loads((self._folder / f"{name}.json").read_text())
             return f"output tensor {found['output']}"
