@@ -14,11 +14,12 @@ __all__ = ["Speed", "expected_speed"]
 # share.
 _SHARE = {"fp32": 0.83, "int8": 0.69, "int4": 0.61}
 _SECONDS_PER_LAYER = 1e-4
-# Of the graph for the CPU, whose layers cost nothing beside their weights, but for attention: its
-# multiply-adds per second. Qwen2.5-0.5B in int4, two threads: 10.1 ms a step at 128 tokens, 13.9 at
-# 900.
-_LOWERED_SHARE = 0.85
-_ATTENTION_RATE = 8.7e9
+# Of the graph for the CPU: the same share, all that a layer costs beside attention included, and
+# multiply-adds per second of attention. Measured with benchmarks/lowered.py and peers/run.py on
+# the Qwen2.5-0.5B shape with two threads, where 33 GB/s are read: at 128 and 900 tokens int8 takes
+# 18 to 21 and 19 to 23 ms a step, int4 12 to 13 and 15 to 16.
+_LOWERED_SHARE = {"int8": 0.78, "int4": 0.68}
+_ATTENTION_RATE = 1.4e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def expected_speed(
     if lowered:
         # Queries with keys, and weights with values.
         products = 2 * layers * config.num_attention_heads * config.head_dim * context
-        seconds = weights / (bandwidth * _LOWERED_SHARE) + products / _ATTENTION_RATE
+        seconds = weights / (bandwidth * _LOWERED_SHARE[precision]) + products / _ATTENTION_RATE
     else:
         seconds = num_bytes / (bandwidth * _SHARE[precision]) + _SECONDS_PER_LAYER * layers
     return Speed(context, num_bytes, bandwidth / num_bytes, 1 / seconds)
