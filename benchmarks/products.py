@@ -63,7 +63,7 @@ def main() -> None:
             command += ["--threads", str(args.threads), "--capacity", str(LENGTH + STEPS)]
             genai = Process([*command, "--settings", '{"chunk_size": null}'], "genai")
             stack.enter_context(genai)
-            steps["onnxruntime-genai"] = lambda: (
+            steps[args.genai.name] = lambda: (
                 1e3 * float(genai.ask("run", length=LENGTH, steps=STEPS)["step_s"])
             )
         for name, step in steps.items():

@@ -9,7 +9,7 @@ Three things are measured in one process, greedy, with prompts of random ids and
   and the same ones in their order in static batches of as many rows as there are clients, as a
   plain generate() runs them: prompts padded to the longest (the pads are computed), every row as
   long as the longest output. Only tokens that were asked for are counted. The longest of 16
-  outputs is 1.8 times the mean, so that a gain beyond that comes from more rows in a step;
+  outputs is 1.83 times the mean, so that a gain beyond that comes from more rows in a step;
 * time between two tokens of running rows, first undisturbed, then while prompts of 2,000 tokens
   arrive one after the other: median and 99th percentile.
 

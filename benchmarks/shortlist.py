@@ -69,7 +69,8 @@ def main() -> None:
     runner = OnnxRuntimeRunner(llm.bundle)
     runner.allocate(1, 48 + args.steps)
     for name, processors in SETTINGS.items():
-        refused = dict.fromkeys(COUNTS, 0)
+        least = TokenSelector(processors(0), generator=make_generator("default", 0)).num_top or 0
+        refused = {count: 0 for count in COUNTS if count > least}
         for seed, prompt in enumerate(prompts):
             generator = None if name.startswith("greedy") else make_generator("default", seed)
             selector = TokenSelector(processors(len(prompt)), generator=generator)
@@ -94,9 +95,8 @@ def follow(
     row = runner.prefill([0], [ids], [0], [1])[0][-1]
     for _ in range(steps):
         for count in refused:
-            if count > (selector.num_top or 0):
-                best = highest(row, count)
-                refused[count] += selector.shorten(ids, row[best], best, len(row)) is None
+            best = highest(row, count)
+            refused[count] += selector.shorten(ids, row[best], best, len(row)) is None
         token, _ = selector.select(ids, row)
         ids = np.append(ids, token)
         row = runner.decode([0], [token])[0]

@@ -20,6 +20,7 @@ from qwen_export.checkpoint import open_checkpoint
 from qwen_export.errors import CheckpointError, ExportError, OptionError
 from qwen_export.planning import Plan, PlanOptions, plan
 from qwen_export.planning.settings import Setting
+from qwen_export.planning.speed import expected_speed
 from qwen_runtime.bundle import Bundle
 from qwen_runtime.lowered_file import lowered_names
 
@@ -118,6 +119,24 @@ def test_a_step_of_the_graph_for_the_cpu_reads_the_tokens_it_has_and_no_more() -
     token = 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     assert more.bytes_per_token - fewer.bytes_per_token == token
     assert more.expected < fewer.expected < fewer.ceiling
+
+
+@pytest.mark.parametrize("context", [128, 2048, 32768])
+@pytest.mark.parametrize("bandwidth", [5e9, 30e9, 300e9])
+def test_no_step_is_faster_than_its_bytes_are_read(context: int, bandwidth: float) -> None:
+    config = open_checkpoint(embedded_model()).config
+    config = replace(config, num_key_value_heads=config.num_attention_heads)
+    token = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    speed = expected_speed(
+        config,
+        10_000_000,
+        context * token,
+        precision="int8",
+        context=context,
+        bandwidth=bandwidth,
+        lowered=True,
+    )
+    assert speed.expected < speed.ceiling
 
 
 def test_speed_follows_the_bytes_of_a_step() -> None:

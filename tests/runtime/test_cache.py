@@ -127,6 +127,9 @@ def test_cache_is_as_before_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch
         np.testing.assert_array_equal(view, before[name])
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's figures of this process"
+)
 def test_memory_is_taken_for_tokens_that_are_held_not_for_buffers() -> None:
     def taken() -> int:
         status = Path("/proc/self/smaps_rollup").read_text("utf-8")

@@ -319,11 +319,20 @@ def test_buffers_grow_with_a_long_prompt_and_shrink_only_after_it() -> None:
         sizes.append(runner.capacity)
     assert sizes == sorted(sizes)
     assert max(sizes) >= 300
+    assert len(set(sizes)) < 300 / 16, "several chunks at a time"
     for _ in range(4):
         engine.step()
     assert runner.capacity < 100, "one short row is left"
     short.cancel()
     drain(engine)
+
+
+def test_buffers_of_a_long_prompt_go_with_the_next_one_where_nothing_decodes() -> None:
+    engine, runner = make()
+    for length, capacity in ((300, 304), (200, 304), (20, 24)):
+        engine.submit(Machine(1, [2] * length, 1))
+        drain(engine)
+        assert runner.capacity == capacity
 
 
 def test_buffers_stay_when_load_falls_and_rises_again() -> None:

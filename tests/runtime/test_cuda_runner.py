@@ -273,6 +273,19 @@ def test_growing_captures_anew_and_never_launches_a_graph_of_before(
     assert seam.captures[0] != seam.captures[1]
 
 
+def test_growing_never_gives_room_back(open_cuda: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_runtime.cache.GROWTH_STEP", 8)
+    runner, _ = open_cuda()
+    runner.allocate(1, 40)
+    runner.grow(1)
+    runner.prefill([0], prompts(5), [0], [1])
+    runner.decode([0], [1])
+    assert runner.capacity == 40
+
+    runner.allocate(1, 6)
+    assert runner.capacity == 8
+
+
 def test_graphs_that_were_not_used_for_longest_go(
     open_cuda: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen_runtime import LLM, BackendError, CapacityError
-from qwen_runtime.engine import Engine
+from qwen_runtime.engine import Engine, EngineLimits
+from qwen_runtime.generation.base import Feed, Step
 
 PROMPT = [5, 17, 99, 42, 7]
 
@@ -204,6 +205,37 @@ def test_streams_read_in_any_order_do_not_depend_on_it(
             texts[index] += next(streams[index], "")
 
     assert [texts[index] for index in range(5)] == alone
+
+
+def test_prompt_at_its_first_chunk_is_not_what_outgrew_the_memory() -> None:
+    class Narrow(CountingRunner):
+        def allocate(self, slots: int, capacity: int) -> None:
+            if slots * capacity > 200:
+                raise CapacityError(f"{slots} slots of {capacity} tokens")
+            super().allocate(slots, capacity)
+
+        def grow(self, capacity: int) -> None:
+            self.allocate(self.num_slots, capacity)
+
+    class Checking(Machine):
+        """Four tokens in every step."""
+
+        def next_step(self) -> Step:
+            return Step((Feed(0, np.ones(4, np.int64), past=4 * len(self.tokens[0]), want=1),))
+
+    limits = EngineLimits(prefill_chunk_size=16, idle_chunk_size=16)
+    engine = Engine(Narrow(), kept_slots=0, limits=limits)
+    engine.submit(Machine(1, [1], 2))  # leaves slot 0 to the prompt
+    tall = engine.submit(Checking(1, [], 60))
+    while len(tall.decoding.tokens[0]) < 24:  # 96 tokens
+        engine.step()
+    prompt = engine.submit(Machine(1, [1] * 150, 3))
+    while engine.num_requests:
+        engine.step()
+
+    assert isinstance(tall.error, CapacityError)
+    assert prompt.error is None
+    assert prompt.decoding.tokens == expected(prompt.decoding)
 
 
 def test_row_that_outgrows_the_memory_fails_and_the_others_go_on() -> None:

@@ -372,6 +372,20 @@ def test_growing_midway_changes_no_bit_of_what_is_held(
     assert close(np.concatenate([first, np.stack(steps)]), expected)
 
 
+def test_growing_never_gives_room_back(
+    runner: OnnxRuntimeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "GROWTH_STEP", 8)
+    runner.allocate(1, 40)
+    runner.grow(1)
+    runner.prefill([0], [prompt(0, 5)], [0], [1])
+    runner.decode([0], [1])
+    assert runner.capacity == 40
+
+    runner.allocate(1, 6)
+    assert runner.capacity == 8
+
+
 def test_row_fills_up_to_the_last_token_and_one_more_is_refused(runner: OnnxRuntimeRunner) -> None:
     tokens = prompt(7, LIMIT)
     expected = whole(runner, 0, tokens)

@@ -200,7 +200,7 @@ def test_a_new_chat_forgets_the_old_one(page: Page) -> None:
 
 def num_answers(page: Page) -> int:
     """Answers since the server's start, as the page tells."""
-    return int(page.find("totals").text.split()[0].replace(",", ""))
+    return int(page.find("totals").text.split()[1].rstrip(".").replace(",", ""))
 
 
 def test_the_figures_move_with_what_the_engine_does(page: Page) -> None:

@@ -61,7 +61,8 @@ def expected_speed(
     if lowered:
         # Queries with keys, and weights with values.
         products = 2 * layers * config.num_attention_heads * config.head_dim * context
-        seconds = weights / (bandwidth * _LOWERED_SHARE[precision]) + products / _ATTENTION_RATE
+        attention = max(products / _ATTENTION_RATE, caches / bandwidth)
+        seconds = weights / (bandwidth * _LOWERED_SHARE[precision]) + attention
     else:
         seconds = num_bytes / (bandwidth * _SHARE[precision]) + _SECONDS_PER_LAYER * layers
     return Speed(context, num_bytes, bandwidth / num_bytes, 1 / seconds)

@@ -96,7 +96,8 @@ class ModelRunner(Protocol):
         """Raise the capacity to at least so many tokens, keeping contents; never lower it.
 
         Raises:
-            CapacityError: If that is more than ``limits.max_context``.
+            CapacityError: If that is more than ``limits.max_context``, or there is not enough
+                memory.
         """
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from qwen_runtime.backends.base import ModelRunner
+from qwen_runtime.engine.chunks import chunk_end
 from qwen_runtime.engine.limits import EngineLimits
 from qwen_runtime.engine.models import Model, RowFeed
 from qwen_runtime.engine.prefix import KEPT_SLOTS
@@ -14,7 +15,7 @@ from qwen_runtime.engine.request import Request
 from qwen_runtime.engine.scheduler import Batch, Scheduler, Task
 from qwen_runtime.engine.stats import EngineStats
 from qwen_runtime.errors import BackendError, CapacityError, QueueFullError
-from qwen_runtime.generation.base import Decoding, FloatArray
+from qwen_runtime.generation.base import Decoding, Feed, FloatArray
 
 __all__ = ["Engine"]
 
@@ -184,7 +185,7 @@ class Engine:
         except CapacityError as error:
             # The caches cannot grow as far as the longest row needs; the others fit into them, and
             # what did not run is run by the next step.
-            longest = max(batch.feeds, key=lambda due: due[2].past + len(due[2].tokens))
+            longest = max(batch.feeds, key=lambda due: _reach(due, batch.chunk_size))
             self._fail(longest[0], error)
             return True
         except Exception as error:  # noqa: BLE001 - whatever failed, the requests in it must hear of it
@@ -336,6 +337,15 @@ class Engine:
         self._requests.remove(request)
         self._short_of_memory = False
         request.end()
+
+
+def _reach(due: tuple[Task, int, Feed], chunk_size: int | None) -> int:
+    """Tokens that a feed's slot is to hold after a call, nothing reused."""
+    task, index, feed = due
+    length = len(feed.tokens)
+    if chunk_size is not None:
+        length = chunk_end(task.progress[index], length, feed.want, chunk_size)
+    return feed.past + length
 
 
 def _request_of(task: Task) -> Request:

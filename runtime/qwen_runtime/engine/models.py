@@ -213,6 +213,26 @@ class Model:
                 self._drop(slot)
             self._runner.allocate(self._slots.num_slots, capacity)
 
+    def _make_room_for_prompts(
+        self, spans: Sequence[tuple[tuple[int, RowFeed], int, int]]
+    ) -> None:
+        """Make room for a chunk: rows with their indices, where it starts in each, where it ends.
+
+        What the rows take from kept slots is copied already, so those may be dropped. Buffers
+        follow the chunks, a quarter at a time, and shrink only where they would not grow again for
+        the rest of these prompts.
+        """
+        rows = [row for (_, row), _, _ in spans]
+        whole = max(row.feed.past + len(row.feed.tokens) for row in rows)
+        # A slot that is full to the last token splits the calls of rows around it.
+        end = min(whole, max(row.feed.past + end for (_, row), _, end in spans) + 1)
+        capacity = self._runner.capacity
+        if capacity > 2 * rounded_capacity(whole):
+            self._make_room(partial(self._runner.allocate, self._runner.num_slots, end), end)
+        elif capacity < end:
+            ahead = max(end, min(whole, capacity + capacity // 4))
+            self._make_room(partial(self._runner.grow, ahead), end)
+
     def _decode(self, rows: Sequence[RowFeed]) -> list[RowResult]:
         for row in rows:
             self._truncate(row.slot, row.feed.past)
@@ -222,7 +242,6 @@ class Model:
         # Twice is when buffers shrink: less would make no step cheaper.
         for slot in self._prefixes.charge(self._kept(), 2 * rounded_capacity(longest)):
             self._drop(slot)
-        # Buffers shrink here alone: between two chunks of a prompt they would grow again.
         self._make_room(partial(self._runner.allocate, self._runner.num_slots, longest), longest)
         tokens = [int(row.feed.tokens[0]) for row in rows]
         found = self._chooser.decode(slots, tokens, [row.feed.choice for row in rows])
@@ -260,9 +279,7 @@ class Model:
             starts = [self._begin(row) for row in wave.values()]
             ends = [_end(row, start) for row, start in zip(wave.values(), starts, strict=True)]
             spans = list(zip(wave.items(), starts, ends, strict=True))
-            # What the rows take from kept slots is copied, so those may have to go.
-            longest = max(row.feed.past + end for (_, row), _, end in spans)
-            self._make_room(partial(self._runner.grow, longest), longest)
+            self._make_room_for_prompts(spans)
             logits = self._runner.prefill(
                 [row.slot for row in wave.values()],
                 [row.feed.tokens[start:end] for (_, row), start, end in spans],

@@ -106,9 +106,10 @@ function draw(values) {
   previous = { at, values };
   const count = (name) => Math.round(now(name) ?? 0).toLocaleString("en");
   element("totals").textContent =
-    `${count("request_success_total")} answers, ${count("generation_tokens_total")} tokens ` +
-    `generated, ${count("prompt_tokens_total")} prompt tokens ` +
-    `(${count("prefix_cache_hits_total")} from the cache)`;
+    `Answers: ${count("request_success_total")}. ` +
+    `Tokens generated: ${count("generation_tokens_total")}, ` +
+    `of prompts: ${count("prompt_tokens_total")} ` +
+    `(${count("prefix_cache_hits_total")} from the cache).`;
 }
 
 function showHealth(state, text) {
