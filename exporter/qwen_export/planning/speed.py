@@ -14,12 +14,14 @@ __all__ = ["Speed", "expected_speed"]
 # share.
 _SHARE = {"fp32": 0.83, "int8": 0.69, "int4": 0.61}
 _SECONDS_PER_LAYER = 1e-4
-# Of the graph for the CPU: the same share, all that a layer costs beside attention included, and
-# multiply-adds per second of attention. Measured with benchmarks/lowered.py and peers/run.py on
+# Of the graph for the CPU: the same two, and seconds of attention for a token in the cache, a head
+# and a layer, by head_dim and at least. Measured with benchmarks/lowered.py and peers/run.py on
 # the Qwen2.5-0.5B shape with two threads, where 33 GB/s are read: at 128 and 900 tokens int8 takes
-# 18 to 21 and 19 to 23 ms a step, int4 12 to 13 and 15 to 16.
-_LOWERED_SHARE = {"int8": 0.78, "int4": 0.68}
-_ATTENTION_RATE = 1.4e10
+# 18 to 21 and 19 to 23 ms a step, int4 12 to 13 and 15 to 16. Heads of 32, in the embedded model,
+# take as long as heads of 64.
+_LOWERED_SHARE = {"int8": 0.87, "int4": 0.72}
+_LOWERED_SECONDS_PER_LAYER = 5e-5
+_ATTENTION_SECONDS, _LEAST_ATTENTION_SECONDS = 1.4e-10, 9e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,10 @@ def expected_speed(
     """
     num_bytes, layers = weights + caches, config.num_hidden_layers
     if lowered:
-        # Queries with keys, and weights with values.
-        products = 2 * layers * config.num_attention_heads * config.head_dim * context
-        attention = max(products / _ATTENTION_RATE, caches / bandwidth)
-        seconds = weights / (bandwidth * _LOWERED_SHARE[precision]) + attention
+        each = max(_ATTENTION_SECONDS * config.head_dim, _LEAST_ATTENTION_SECONDS)
+        attention = each * layers * config.num_attention_heads * context
+        seconds = weights / (bandwidth * _LOWERED_SHARE[precision])
+        seconds += _LOWERED_SECONDS_PER_LAYER * layers + max(attention, caches / bandwidth)
     else:
         seconds = num_bytes / (bandwidth * _SHARE[precision]) + _SECONDS_PER_LAYER * layers
     return Speed(context, num_bytes, bandwidth / num_bytes, 1 / seconds)
