@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["environment", "median_ratio", "memory", "pairs", "report"]
+__all__ = ["environment", "median_ratio", "memory", "pairs", "report", "warn_if_busy"]
 
 
 def environment() -> dict[str, object]:
@@ -31,6 +31,13 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
     }
+
+
+def warn_if_busy() -> None:
+    """Say on standard error that something else competes for the cores."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"warning: load average {load:.1f}", file=sys.stderr)
 
 
 def memory() -> dict[str, float]:

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from common import pairs, report
+from common import pairs, report, warn_if_busy
 
 from qwen_runtime import LLM, AsyncLLM
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
@@ -39,8 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true", dest="as_json")
     args = parser.parse_args()
-    if os.getloadavg()[0] > 0.5:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    warn_if_busy()
     steps: dict[bool, dict[int, list[float]]] = {m: defaultdict(list) for m in (True, False)}
     with LLM(args.bundle, max_num_seqs=args.requests, prefix_cache_slots=0) as llm:
         llm.generate([1] * PROMPT, max_new_tokens=8, do_sample=False)  # warm-up

@@ -24,7 +24,7 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
-from common import median_ratio, pairs, report
+from common import median_ratio, pairs, report, warn_if_busy
 
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
 from qwen_runtime.bundle import Bundle
@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", dest="as_json")
     args = parser.parse_args()
-    if os.getloadavg()[0] > 0.5:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    warn_if_busy()
     context = multiprocessing.get_context("spawn")
     result: dict[str, object] = {"bundle": args.bundle.name, "threads": args.threads}
     with contextlib.ExitStack() as stack:

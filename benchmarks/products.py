@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from common import pairs, report
+from common import pairs, report, warn_if_busy
 from onnx import helper, numpy_helper
 
 from qwen_runtime.backends.onnxruntime import OnnxRuntimeRunner
@@ -47,8 +47,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", dest="as_json")
     args = parser.parse_args()
-    if os.getloadavg()[0] > 0.5:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    if args.genai and not args.peers_python.exists():
+        parser.error(f"{args.peers_python} is missing: run benchmarks/peers/setup")
+    warn_if_busy()
     runner = OnnxRuntimeRunner(Bundle.open(args.bundle), threads=args.threads)
     if not runner.graph.startswith("lowered"):
         sys.exit(f"{args.bundle} has no graph for the CPU: qwen-export engine --target cpu")

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-from common import report
+from common import report, warn_if_busy
 
 from qwen_runtime import LLM, AsyncLLM
 from qwen_runtime.engine.limits import MAX_NUM_SEQS
@@ -50,8 +49,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if os.getloadavg()[0] > 0.5:
-        print(f"warning: load average {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    warn_if_busy()
     measure = {"clients": clients, "static": static, "pace": pace}
     result: dict[str, object] = {}
     with LLM(

@@ -16,8 +16,7 @@ __all__ = [
 
 MAX_NUM_SEQS = 32
 """Rows at once. With the shape of Qwen2.5-0.5B in int8 on two cores a decode step of 32 rows costs
-1.8 times one of 16, and one of 64 again 1.9 times that: twice the rows bring a few percent more
-tokens, and each of them nearly twice as late."""
+1.5 times one of 16; 64 rows bring a few percent more tokens than 32 (docs/decisions.md)."""
 
 MAX_QUEUED_REQUESTS = 256
 """Requests that wait: what 32 rows work off in a few minutes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -213,19 +213,17 @@ class Model:
                 self._drop(slot)
             self._runner.allocate(self._slots.num_slots, capacity)
 
-    def _make_room_for_prompts(
-        self, spans: Sequence[tuple[tuple[int, RowFeed], int, int]]
-    ) -> None:
-        """Make room for a chunk: rows with their indices, where it starts in each, where it ends.
+    def _make_room_for_prompts(self, rows: Collection[RowFeed], ends: Sequence[int]) -> None:
+        """Make room for a chunk of rows' feeds, which ends at ``ends`` of them.
 
         What the rows take from kept slots is copied already, so those may be dropped. Buffers
         follow the chunks, a quarter at a time, and shrink only where they would not grow again for
         the rest of these prompts.
         """
-        rows = [row for (_, row), _, _ in spans]
         whole = max(row.feed.past + len(row.feed.tokens) for row in rows)
+        reach = max(row.feed.past + end for row, end in zip(rows, ends, strict=True))
         # A slot that is full to the last token splits the calls of rows around it.
-        end = min(whole, max(row.feed.past + end for (_, row), _, end in spans) + 1)
+        end = min(whole, reach + 1)
         capacity = self._runner.capacity
         if capacity > 2 * rounded_capacity(whole):
             self._make_room(partial(self._runner.allocate, self._runner.num_slots, end), end)
@@ -279,7 +277,7 @@ class Model:
             starts = [self._begin(row) for row in wave.values()]
             ends = [_end(row, start) for row, start in zip(wave.values(), starts, strict=True)]
             spans = list(zip(wave.items(), starts, ends, strict=True))
-            self._make_room_for_prompts(spans)
+            self._make_room_for_prompts(wave.values(), ends)
             logits = self._runner.prefill(
                 [row.slot for row in wave.values()],
                 [row.feed.tokens[start:end] for (_, row), start, end in spans],
